@@ -45,26 +45,26 @@ def success_curve(probabilities: Array) -> Array:
         shape (..., 9); entry d - 1 is P(right at level d), falling in d.
     """
     reversed_sums = np.cumsum(probabilities[..., ::-1], axis=-1)[..., ::-1]
-    return np.minimum(reversed_sums[..., 1:], 1.0)
+    return np.asarray(np.minimum(reversed_sums[..., 1:], 1.0))
 
 
 def success_at(probabilities: Array, level: npt.ArrayLike) -> Array:
     """G at one continuous level per row: probabilities (n, 10), level (n,) -> (n,)."""
-    return np.sum(probabilities * level_weights(level), axis=-1)
+    return np.asarray(np.sum(probabilities * level_weights(level), axis=-1))
 
 
 def score_log_loss(probabilities: Array, level: npt.ArrayLike, score: npt.ArrayLike) -> Array:
     """Per-row loss of the censored ordinal likelihood: (n, 10), (n,), (n,) -> (n,), natural logarithm."""
     g = np.clip(success_at(probabilities, level), MIN_PROBABILITY, 1.0 - MIN_PROBABILITY)
     s = np.asarray(score, dtype=g.dtype)
-    return -(s * np.log(g) + (1.0 - s) * np.log1p(-g))
+    return np.asarray(-(s * np.log(g) + (1.0 - s) * np.log1p(-g)))
 
 
 def attained_level(probabilities: Array) -> Array:
     """Expected attained level, sum of k p_k: (..., 10) -> (...)."""
-    return probabilities @ np.arange(CLASSES, dtype=probabilities.dtype)
+    return np.asarray(probabilities @ np.arange(CLASSES, dtype=probabilities.dtype))
 
 
 def recommended_level(probabilities: Array, target: float = 0.7) -> npt.NDArray[np.int64]:
     """The level 1..9 whose success chance is nearest ``target``; the lower level wins a tie. (n, 10) -> (n,)."""
-    return np.argmin(np.abs(success_curve(probabilities) - target), axis=-1) + 1
+    return np.asarray(np.argmin(np.abs(success_curve(probabilities) - target), axis=-1) + 1, dtype=np.int64)

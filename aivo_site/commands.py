@@ -70,7 +70,7 @@ class AivoCommand(BaseCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--json", action="store_true", help=_("print exactly one JSON object on standard output"))
 
-    def perform(self, options: dict[str, Any], progress: ProgressBar) -> Outcome:
+    def perform(self, options: dict[str, Any], progress: ProgressBar) -> Outcome:  # noqa: ARG002
         """Do the work through one service call.
 
         Raises:
@@ -78,7 +78,7 @@ class AivoCommand(BaseCommand):
         """
         raise AssertionError(f"{type(self).__name__} does not say what it performs")
 
-    def handle(self, *args: Any, **options: Any) -> None:
+    def handle(self, *_args: Any, **options: Any) -> None:
         as_json = bool(options["json"])
         try:
             outcome = self.perform(options, ProgressBar(enabled=not as_json or sys.stderr.isatty()))

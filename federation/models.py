@@ -103,10 +103,6 @@ class Verdict(models.TextChoices):
     QUARANTINED = "QUARANTINED", _("in quarantine")
 
 
-def _share(name: str, default: float, text: str) -> models.FloatField:  # type: ignore[type-arg]
-    return models.FloatField(name, default=default, validators=[MinValueValidator(0.0), MaxValueValidator(1.0)], help_text=text)
-
-
 class FederationPolicy(Row):
     """How rounds run. One default for the installation; an organisation's own policy may only restrict."""
 
@@ -179,7 +175,12 @@ class FederationPolicy(Row):
     )
     gate_minimum_gain = models.FloatField(_("gate: minimum gain"), default=0.0, validators=[MinValueValidator(0.0)])
     gate_draws = models.PositiveIntegerField(_("gate: bootstrap draws"), default=2000, validators=[MinValueValidator(200)])
-    canary_share = _share(_("canary share"), 0.0, _("Share of learners that try a candidate first; 0 is none."))
+    canary_share = models.FloatField(
+        _("canary share"),
+        default=0.0,
+        validators=[MinValueValidator(0.0), MaxValueValidator(1.0)],
+        help_text=_("Share of learners that try a candidate first; 0 is none."),
+    )
 
     differential_privacy = models.BooleanField(_("differential privacy"), default=False)
     target_epsilon = models.FloatField(_("target ε"), null=True, blank=True, validators=[MinValueValidator(1e-6)])
