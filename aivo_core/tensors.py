@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any, NoReturn
 
@@ -172,7 +173,7 @@ def read_flat(
     """
     header = _read_expected_header(data, expected, dtypes, max_header)
     entries = [header.entries[spec.name] for spec in expected]
-    in_order = all(first.end == second.begin for first, second in zip(entries, entries[1:], strict=False))
+    in_order = all(first.end == second.begin for first, second in pairwise(entries))
     if in_order and {entry.dtype for entry in entries} == {"F32"}:
         total = sum(spec.size for spec in expected)
         flat = _float32(_frombuffer(data, "F32", total, header.data_start))
@@ -312,9 +313,8 @@ def _check_names(header: _Header, expected: Sequence[TensorSpec]) -> None:
     missing = _shown_list(names - header.entries.keys())
     unknown = _shown_list(header.entries.keys() - names)
     if missing:
-        _refuse(
-            "wrong_name", f"the file lacks the tensors {missing}" + (f" and has the unknown ones {unknown}" if unknown else "")
-        )
+        beside = f" and has the unknown ones {unknown}" if unknown else ""
+        _refuse("wrong_name", f"the file lacks the tensors {missing}{beside}")
     if unknown:
         _refuse("wrong_name", f"the file has tensors that do not belong to it: {unknown}")
 
