@@ -137,6 +137,11 @@ if ENV.q_broker == "redis":
     Q_CLUSTER.pop("orm")
     Q_CLUSTER["redis"] = {"host": "127.0.0.1", "port": 6379}
 
+JOB_LEASE_SECONDS = 60
+JOB_CANCEL_GRACE_SECONDS = 30
+JOB_TERMINATE_GRACE_SECONDS = 10
+JOB_RESEND_AFTER_SECONDS = 120
+
 # --- Learning ---------------------------------------------------------------------------------------------------------
 
 USE_FEDERATED_LEARNING = ENV.use_federated_learning

@@ -18,7 +18,11 @@ os.environ["DEBUG"] = "false"
 os.environ["USE_FEDERATED_LEARNING"] = "true"
 
 from aivo_site.settings import *  # noqa: E402, F403
-from aivo_site.settings import STORAGES  # noqa: E402
+from aivo_site.settings import DATABASES, STORAGES  # noqa: E402
 
 STORAGES = {**STORAGES, "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"}}
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
+    # A file: in a shared database in memory a second connection (a job's reports) does not wait, it fails at once.
+    DATABASES["default"]["TEST"] = {"NAME": str(_FOLDER / "test.sqlite3")}

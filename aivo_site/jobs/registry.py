@@ -1,0 +1,68 @@
+"""The kinds of jobs: each app registers its own when it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aivo_site.jobs.errors import UnknownKind
+
+if TYPE_CHECKING:
+    from django.utils.functional import _StrPromise
+
+    from aivo_site.jobs.context import JobContext
+
+
+@dataclass(frozen=True)
+class JobKind:
+    """One kind of work.
+
+    Attributes:
+        name: stable word stored in the job row.
+        label: what a person reads.
+        run: does the work and returns its result as a JSON object. Raises ``Skipped`` where there was nothing to do and
+            another ``DomainError`` for an expected failure. It may run more than once: a worker can die half way.
+        queue: ``default`` for short work, ``training`` for long work.
+        child_process: run in a process of its own; needed for TensorFlow, and so that memory returns to the system.
+        max_starts: how often workers may begin it before a lost run is a failure.
+    """
+
+    name: str
+    label: str | _StrPromise
+    run: Callable[[JobContext], Mapping[str, Any]]
+    queue: str = "default"
+    child_process: bool = False
+    max_starts: int = 3
+
+
+_KINDS: dict[str, JobKind] = {}
+
+
+def register(kind: JobKind) -> None:
+    """Make a kind known; registering the same one again changes nothing.
+
+    Raises:
+        ValueError: another kind has this name, or ``max_starts`` is below 1.
+    """
+    if kind.max_starts < 1:
+        raise ValueError(f"max_starts of job kind {kind.name} must be at least 1")
+    if _KINDS.setdefault(kind.name, kind) != kind:
+        raise ValueError(f"two job kinds are named {kind.name}")
+
+
+def get_kind(name: str) -> JobKind:
+    """The registered kind.
+
+    Raises:
+        UnknownKind: naming the kinds there are.
+    """
+    try:
+        return _KINDS[name]
+    except KeyError:
+        raise UnknownKind(f"kind must be one of {', '.join(sorted(_KINDS))}, not {name!r}") from None
+
+
+def all_kinds() -> tuple[JobKind, ...]:
+    """Every registered kind, by name."""
+    return tuple(_KINDS[name] for name in sorted(_KINDS))
