@@ -69,8 +69,8 @@ class ExpectedMeans:
         mean = scale.item_mean(log.item[after], log.slot[after])
         return cls(
             overall=float(mean.sum()),
-            category=np.bincount(log.slot[before], weights=mean, minlength=SLOTS),
-            item=np.bincount(log.item[before], weights=mean, minlength=log.items + 1),
+            category=_sums(log.slot[before], mean, SLOTS),
+            item=_sums(log.item[before], mean, log.items + 1),
         )
 
 
@@ -147,6 +147,10 @@ class Counts:
             "item_cells_suppressed": int(few_cells.sum()),
             "item_share_suppressed": float(self.cell_count[few_cells].sum() / max(self.item_total.sum(), 1.0)),
         }
+
+
+def _sums(cell: IntArray, value: Float64Array, cells: int) -> Float64Array:
+    return np.bincount(cell, weights=value, minlength=cells).astype(np.float64)
 
 
 def base_rates(kept: Float64Array, total: Float64Array) -> Float64Array:

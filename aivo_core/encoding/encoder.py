@@ -11,13 +11,14 @@ import numpy.typing as npt
 
 from aivo_core.encoding import artefact
 from aivo_core.encoding.assemble import last_items, sample_states, samples
-from aivo_core.encoding.columns import INPUT_DIM, OVERFLOW_SLOT, SLOTS
+from aivo_core.encoding.columns import INDEX, INPUT_DIM, OVERFLOW_SLOT, SCALED_START, SLOTS
 from aivo_core.encoding.errors import EncodingError
 from aivo_core.encoding.events import Event
 from aivo_core.encoding.rows import KnownCategory, Scaler, raw_rows, second_pass
 from aivo_core.encoding.scan import Trail, scan
 from aivo_core.encoding.state import EncoderState
 from aivo_core.encoding.tables import Scale, Transitions, Vocabulary
+from aivo_core.ordinal import LEVELS
 from aivo_core.samples import Samples, concatenate
 
 Float32Array = npt.NDArray[np.float32]
@@ -112,6 +113,13 @@ class Encoder:
     def level(self, item: str, category: str) -> float:
         """Continuous difficulty level .5 (easiest) .. 9.5 of an item; an unknown item stands at its category's mean."""
         return self.scale.place(self.vocabulary.item(item), self.slot(category)).level
+
+    def expected_levels(self, first: Float32Array) -> Float64Array:
+        """(n, 256) first-pass rows -> (n,) level that the item mean expected after the last item stands at."""
+        column = SCALED_START + INDEX["expected_item_mean"]
+        scaled = first[:, column].astype(np.float64)
+        mean = scaled * self.scaler.deviation[INDEX["expected_item_mean"]] + self.scaler.mean[INDEX["expected_item_mean"]]
+        return 0.5 + LEVELS * self.scale.hardness(mean)
 
     def new_state(self) -> EncoderState:
         """State of a learner without any event."""

@@ -113,6 +113,10 @@ class FittedEncoder:
     training: TrainingTables
     report: dict[str, Any]
 
+    def training_scale(self, key: str) -> Scale:
+        """The scale that the training rows of a learner use: item means without the learner's fold."""
+        return self.training.scales[fold_of(key)]
+
     def training_samples(self, key: str, events: Sequence[Event]) -> Samples:
         """Leave-one-out samples of a learner of the fit.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -93,8 +94,12 @@ class EncoderState:
 
     def copy(self) -> EncoderState:
         """An independent copy."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return EncoderState(**{k: v.copy() if isinstance(v, list | dict) else v for k, v in values.items()})
+        twin = copy.copy(self)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, list | dict):
+                setattr(twin, f.name, value.copy())
+        return twin
 
     def to_json(self) -> dict[str, Any]:
         """JSON form; floats survive bit for bit. Slots that were never seen are left out."""
