@@ -256,11 +256,12 @@ def _head_slices(spec: NetworkSpec) -> tuple[slice, slice, slice]:
 
 def _relu(fresh: FloatArray) -> FloatArray:
     """In place."""
-    return np.maximum(fresh, 0.0, out=fresh)
+    np.maximum(fresh, 0.0, out=fresh)
+    return fresh
 
 
 def _softmax(logits: FloatArray) -> FloatArray:
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shifted: FloatArray = np.exp(logits - logits.max(axis=1, keepdims=True))
     shifted /= shifted.sum(axis=1, keepdims=True)
     return shifted
 

@@ -23,6 +23,7 @@ from aivo_core.network import (
     FloatArray,
     NetworkSpec,
     Weights,
+    check_weights,
 )
 from aivo_core.samples import Samples
 from models_store import keras_network
@@ -86,10 +87,10 @@ class ResidentNetwork:
     def __init__(self, spec: NetworkSpec) -> None:
         self.spec = spec
         self._lock = threading.RLock()
-        self._model = keras_network.build_network(spec, 0, batch_norm_inference=True)
+        self.model = keras_network.build_network(spec, 0)
         self._trunk = self._compile_trunk()
-        self._tail_variables = keras_network.variables_of(self._model, spec.tail_tensors)
-        self._bias = self._model.get_layer(DIFFICULTY_HEAD).bias
+        self._tail_variables = keras_network.variables_of(self.model, spec.tail_tensors)
+        self._bias = self.model.get_layer(DIFFICULTY_HEAD).bias
         self._optimisers: dict[tuple[str, float, int], Any] = {}
         self._functions: dict[_FunctionKey, Any] = {}
         self._base: Weights | None = None
@@ -100,7 +101,7 @@ class ResidentNetwork:
         Raises:
             NetworkError: a tensor is missing or wrong.
         """
-        keras_network.check_weights(weights, self.spec.tensors)
+        check_weights(weights, self.spec.tensors)
         return dict(weights)
 
     def trace_counts(self) -> dict[str, int]:
@@ -158,7 +159,7 @@ class ResidentNetwork:
 
     def _load_base(self, base: Weights) -> None:
         if self._base is not base:
-            keras_network.write_weights(self._model, self.spec, base)
+            keras_network.write_weights(self.model, self.spec, base)
             self._base = base
 
     def _write_tail(self, tail: FloatArray) -> None:
@@ -223,7 +224,7 @@ class ResidentNetwork:
             variable.assign(np.zeros(variable.shape, dtype=variable.dtype))
         optimiser.learning_rate.assign(learning_rate)
         words = np.random.SeedSequence([seed, DROPOUT_STREAM, training_pass]).generate_state(1)
-        keras_network.seed_dropout(self._model, self.spec, int(words[0]))
+        keras_network.seed_dropout(self.model, self.spec, int(words[0]))
 
     def _optimiser(self, name: str, momentum: float, training_pass: int) -> Any:
         import keras
@@ -243,7 +244,7 @@ class ResidentNetwork:
     def _compile_trunk(self) -> Any | None:
         import tensorflow as tf
 
-        trunk = keras_network.trunk_of(self._model, self.spec)
+        trunk = keras_network.trunk_of(self.model, self.spec)
         if trunk is None:
             return None
         signature = [tf.TensorSpec((None, self.spec.input_dim), tf.float32)]
@@ -260,17 +261,15 @@ class ResidentNetwork:
             first, second, content, path, level, score = (tf.gather(values, rows) for values in data)
             hidden = self._tail_body(tf.concat([first, second], axis=0), dropout)
             first_hidden = hidden[:batch_size]
-            difficulty = keras_network.head_logits(self._model, DIFFICULTY_HEAD, hidden)
+            difficulty = keras_network.head_logits(self.model, DIFFICULTY_HEAD, hidden)
             ordinal = keras_network.ordinal_losses(difficulty, tf.tile(level, [2]), tf.tile(score, [2]))
             per_sample = (
-                keras_network.class_losses(keras_network.head_logits(self._model, CONTENT_HEAD, first_hidden), content)
-                + keras_network.class_losses(keras_network.head_logits(self._model, PATH_HEAD, first_hidden), path)
+                keras_network.class_losses(keras_network.head_logits(self.model, CONTENT_HEAD, first_hidden), content)
+                + keras_network.class_losses(keras_network.head_logits(self.model, PATH_HEAD, first_hidden), path)
                 + 0.5 * (ordinal[:batch_size] + ordinal[batch_size:])
             )
-            distance = tf.add_n(
-                [tf.reduce_sum(tf.square(v.value - a)) for v, a in zip(self._tail_variables, anchors, strict=True)]
-            )
-            return tf.reduce_sum(per_sample * mask) / tf.reduce_sum(mask) + 0.5 * mu * distance
+            tail = [variable.value for variable in self._tail_variables]
+            return tf.reduce_sum(per_sample * mask) / tf.reduce_sum(mask) + keras_network.proximal_term(tail, anchors, mu)
 
         def run(index: Any, mask: Any, *arguments: Any) -> Any:
             *data, anchor, mu = arguments
@@ -307,7 +306,7 @@ class ResidentNetwork:
                 rows, weights = index[number], mask[number]
                 hidden = self._tail_body(tf.gather(second, rows), dropout)
                 with tf.GradientTape() as tape:
-                    logits = keras_network.head_logits(self._model, DIFFICULTY_HEAD, hidden)
+                    logits = keras_network.head_logits(self.model, DIFFICULTY_HEAD, hidden)
                     losses = keras_network.ordinal_losses(logits, tf.gather(level, rows), tf.gather(score, rows))
                     loss = tf.reduce_sum(losses * weights) / tf.reduce_sum(weights)
                 optimiser.apply(tape.gradient(loss, [self._bias.value]), [self._bias])
@@ -324,7 +323,7 @@ class ResidentNetwork:
         return keras_network.compiled(run, signature)
 
     def _tail_body(self, features: Any, dropout: bool) -> Any:
-        return keras_network.apply_tail_body(self._model, self.spec, features, dropout=dropout)
+        return keras_network.apply_tail_body(self.model, self.spec, features, dropout=dropout)
 
 
 def _plan_signature(batch_size: int) -> list[Any]:

@@ -24,7 +24,6 @@ from aivo_core.network import (
     Weights,
     block_layers,
     check_weights,
-    default_freeze_layers,
 )
 from aivo_core.ordinal import CLASSES, MIN_PROBABILITY
 
@@ -96,16 +95,14 @@ def layer_seeds(seed: int, count: int) -> list[int]:
     return [int(word) & 0x7FFFFFFF for word in np.random.SeedSequence(seed).generate_state(count)]
 
 
-def build_network(spec: NetworkSpec, seed: int, *, batch_norm_inference: bool = False) -> Any:
+def build_network(spec: NetworkSpec, seed: int) -> Any:
     """Build the functional Keras model of ``spec``, with fresh weights from ``seed``.
 
     Layers carry the names of ``spec.layer_names``; hidden kernels are he_normal (He et al. 2015, equation 10), head
-    kernels Glorot-uniform, biases zero. Layers in ``spec.freeze_layers`` are ``trainable=False`` and always run with
-    ``training=False``, dropout included: what is frozen never moves, moving statistics neither, and is a fixed function.
-
-    Args:
-        batch_norm_inference: every batch normalisation uses and keeps its moving statistics, also while training; its
-            scale and offset still train where the block is not frozen. Local training runs so.
+    kernels Glorot-uniform, biases zero. Frozen blocks are a fixed function even under ``model(x, training=True)``: their
+    layers are ``trainable=False``, which keeps batch normalisation and its statistics in inference mode, and their dropout
+    layer has rate 0. (Keras 3 hands the call's ``training`` to every layer, past a ``training=False`` given when the model
+    was put together, so that would not freeze them.)
 
     Returns:
         ``keras.Model``, float32 (n, input_dim) -> dict of head name to probabilities, float32 (n, units).
@@ -118,12 +115,12 @@ def build_network(spec: NetworkSpec, seed: int, *, batch_norm_inference: bool = 
     inputs = keras.Input((spec.input_dim,), dtype="float32", name="features")
     hidden = inputs
     for index in blocks:
-        hidden = _apply_block(spec, index, hidden, next(seeds), next(seeds), batch_norm_inference)
+        hidden = _apply_block(spec, index, hidden, next(seeds), next(seeds))
     outputs = {head.name: _head_layer(head, next(seeds))(hidden) for head in spec.heads}
     return keras.Model(inputs, outputs, name="aivo_network")
 
 
-def _apply_block(spec: NetworkSpec, index: int, x: Any, kernel_seed: int, dropout_seed: int, batch_norm_inference: bool) -> Any:
+def _apply_block(spec: NetworkSpec, index: int, x: Any, kernel_seed: int, dropout_seed: int) -> Any:
     import keras
 
     dense_name, norm_name, dropout_name = block_layers(index)
@@ -138,11 +135,9 @@ def _apply_block(spec: NetworkSpec, index: int, x: Any, kernel_seed: int, dropou
     norm = keras.layers.BatchNormalization(
         epsilon=BATCH_NORM_EPSILON, momentum=BATCH_NORM_MOMENTUM, name=norm_name, trainable=not frozen
     )
-    dropout = keras.layers.Dropout(spec.dropout_rates[index - 1], seed=dropout_seed, name=dropout_name, trainable=not frozen)
-    if frozen:
-        return dropout(norm(dense(x), training=False), training=False)
-    normalised = norm(dense(x), training=False) if batch_norm_inference else norm(dense(x))
-    return dropout(normalised)
+    rate = 0.0 if frozen else spec.dropout_rates[index - 1]
+    dropout = keras.layers.Dropout(rate, seed=dropout_seed, name=dropout_name, trainable=not frozen)
+    return dropout(norm(dense(x)))
 
 
 def _head_layer(head: HeadSpec, seed: int) -> Any:
@@ -251,6 +246,13 @@ def ordinal_losses(logits: Any, level: Any, score: Any) -> Any:
     return -(score * tf.math.log(success) + (1.0 - score) * tf.math.log1p(-success))
 
 
+def proximal_term(values: Sequence[Any], anchors: Sequence[Any], mu: Any) -> Any:
+    """FedProx's mu/2 ||w - w_anchor||^2 over all tensors (Li et al. 2020, equation 2): a scalar tensor."""
+    import tensorflow as tf
+
+    return 0.5 * mu * tf.add_n([tf.reduce_sum(tf.square(v - a)) for v, a in zip(values, anchors, strict=True)])
+
+
 def check_trainable(spec: NetworkSpec) -> None:
     """Check that ``spec`` has the three heads that the objectives are defined on.
 
@@ -268,14 +270,11 @@ def check_trainable(spec: NetworkSpec) -> None:
 def dropout_states(model: Any, spec: NetworkSpec) -> dict[str, Any]:
     """State variables, integers of shape (2,), of the dropout layers' seed generators, by layer name.
 
-    A layer of rate 0 draws nothing and has none.
+    A frozen layer, or one of rate 0, draws nothing and has none.
     """
-    layers = default_freeze_layers(len(spec.hidden_layers))[2::3]
-    return {
-        name: model.get_layer(name).seed_generator.state
-        for name, rate in zip(layers, spec.dropout_rates, strict=True)
-        if rate > 0.0
-    }
+    blocks = range(spec.frozen_blocks + 1, len(spec.hidden_layers) + 1)
+    drawing = [block_layers(index)[2] for index in blocks if spec.dropout_rates[index - 1] > 0.0]
+    return {name: model.get_layer(name).seed_generator.state for name in drawing}
 
 
 def seed_dropout(model: Any, spec: NetworkSpec, seed: int) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aivo_core.network import FloatArray
+from aivo_core.tensors import TensorFileError, peek_metadata, read_any, write_tensors
 
 FORMAT = 1
 
@@ -123,25 +123,22 @@ class TrainingState:
 
 
 def encode_state(state: TrainingState, *, fingerprint: str) -> bytes:
-    """One self-contained file (zip of arrays and JSON, no pickle); ``fingerprint`` names the training it belongs to."""
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for group, tensors in (("weights", state.weights), ("best", state.best), ("dropout", state.dropout)):
-        arrays.update({f"{group}/{name}": value for name, value in tensors.items()})
-    arrays.update({f"optimiser/{number}": value for number, value in enumerate(state.optimiser)})
+    """One safetensors file, progress and history in its metadata; ``fingerprint`` names the training it belongs to.
+
+    Integers are kept as int64, whatever Keras counts in.
+    """
+    tensors: dict[str, npt.NDArray[Any]] = {}
+    for group, values in (("weights", state.weights), ("best", state.best), ("dropout", state.dropout)):
+        tensors.update({f"{group}/{name}": _storable(value) for name, value in values.items()})
+    tensors.update({f"optimiser/{number:06}": _storable(value) for number, value in enumerate(state.optimiser)})
     header = {
         "format": FORMAT,
         "fingerprint": fingerprint,
         "progress": asdict(state.progress),
         "history": [asdict(record) for record in state.history],
+        "sha256": _digest(tensors),
     }
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("header.json", json.dumps(header))
-        for name, value in arrays.items():
-            entry = io.BytesIO()
-            np.lib.format.write_array(entry, np.asarray(value), allow_pickle=False)
-            archive.writestr(f"{name}.npy", entry.getvalue())
-    return buffer.getvalue()
+    return write_tensors(tensors, metadata={"training": json.dumps(header)})
 
 
 def read_fingerprint(data: bytes) -> str:
@@ -159,18 +156,17 @@ def decode_state(data: bytes) -> TrainingState:
     Raises:
         CheckpointError: not a checkpoint, one of another format, cut short or altered.
     """
-    header, arrays = _read(data)
+    header, tensors = _read(data)
     try:
         progress = Progress(**header["progress"])
         history = [EpochRecord(**{**record, "validation": tuple(record["validation"])}) for record in header["history"]]
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"the checkpoint's header cannot be read: {error}") from error
-    optimiser = _group(arrays, "optimiser")
     return TrainingState(
-        weights=_group(arrays, "weights"),
-        best=_group(arrays, "best"),
-        optimiser=[optimiser[str(number)] for number in range(len(optimiser))],
-        dropout=_group(arrays, "dropout"),
+        weights=_group(tensors, "weights"),
+        best=_group(tensors, "best"),
+        optimiser=[value for _, value in sorted(_group(tensors, "optimiser").items())],
+        dropout=_group(tensors, "dropout"),
         progress=progress,
         history=history,
     )
@@ -178,22 +174,31 @@ def decode_state(data: bytes) -> TrainingState:
 
 def _read(data: bytes) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            header = json.loads(archive.read("header.json"))
-            arrays = {
-                name.removesuffix(".npy"): np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
-                for name in archive.namelist()
-                if name != "header.json"
-            }
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError) as error:
+        header = json.loads(peek_metadata(data)["training"])
+        tensors = read_any(data)
+    except (TensorFileError, KeyError, ValueError) as error:
         raise CheckpointError(f"the checkpoint is damaged: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT or "fingerprint" not in header:
         raise CheckpointError(f"the checkpoint is not of format {FORMAT}")
-    return header, arrays
+    if header.get("sha256") != _digest(tensors):
+        raise CheckpointError("the checkpoint is damaged: its tensors are not those that were written")
+    return header, tensors
 
 
-def _group(arrays: Mapping[str, npt.NDArray[Any]], group: str) -> dict[str, npt.NDArray[Any]]:
-    return {name.partition("/")[2]: value for name, value in arrays.items() if name.startswith(f"{group}/")}
+def _storable(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return value.astype(np.int64) if value.dtype.kind in "iu" else value
+
+
+def _digest(tensors: Mapping[str, npt.NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name};{tensors[name].shape};".encode())
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()
+
+
+def _group(tensors: Mapping[str, npt.NDArray[Any]], group: str) -> dict[str, npt.NDArray[Any]]:
+    return {name.partition("/")[2]: value.copy() for name, value in tensors.items() if name.startswith(f"{group}/")}
 
 
 def _sync_folder(folder: Path) -> None:

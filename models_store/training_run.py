@@ -81,9 +81,9 @@ class TrainingRun:
         """Inverse of ``store``."""
         keras_network.write_weights(self._model, self._spec, state.weights)
         for variable, value in zip(self._optimiser.variables, state.optimiser, strict=True):
-            variable.assign(value)
+            variable.assign(value.astype(variable.dtype))
         for name, variable in self._dropout.items():
-            variable.assign(state.dropout[name])
+            variable.assign(state.dropout[name].astype(variable.dtype))
 
     def reduce_learning_rate(self, factor: float) -> None:
         rate = self._optimiser.learning_rate
@@ -107,7 +107,7 @@ class TrainingRun:
         # The last batch is filled up from the epoch's beginning: these rows take part in batch normalisation's statistics
         # as any others would, their losses do not count.
         order = np.resize(order, steps * size)
-        batch = _RowBatch(samples, size)
+        batch = RowBatch(samples, size)
         total = 0.0
         for step in range(steps):
             if step % STOP_CHECK_STEPS == 0 and should_stop():
@@ -120,7 +120,7 @@ class TrainingRun:
 
     def _evaluate(self, samples: Samples) -> tuple[float, float, float]:
         rows = 2 * len(samples)
-        batch = _RowBatch(samples, EVALUATION_ROWS)
+        batch = RowBatch(samples, EVALUATION_ROWS)
         sums = np.zeros(3)
         for start in range(0, rows, EVALUATION_ROWS):
             index = np.arange(start, min(start + EVALUATION_ROWS, rows))
@@ -169,7 +169,7 @@ class TrainingRun:
         return keras_network.compiled(train, signature), keras_network.compiled(evaluate, signature)
 
 
-class _RowBatch:
+class RowBatch:
     """Gathers rows of both passes into one reused buffer; row r < n is first-pass row r, row n + r second-pass row r."""
 
     def __init__(self, samples: Samples, size: int) -> None:

@@ -1,0 +1,122 @@
+"""Memory and speed of local training through Keras, many learners in one process.
+
+    python -m benchmarks.keras_memory --learners 300 --json
+
+Prints the slope of the resident set over learners after a warm-up (least squares, MB per learner) and learners per second
+of wall time and of CPU time. Features and labels are random: speed and memory do not depend on what is learnt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aivo_core.engine.contract import LearnerTask, LocalTrainingConfig
+from aivo_core.network import CONTENT_HEAD, PATH_HEAD, FloatArray, NetworkSpec
+from aivo_core.samples import Samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--learners", type=int, default=300, help="learners after the warm-up")
+    parser.add_argument("--warm-up", type=int, default=20, help="learners before measuring starts")
+    parser.add_argument("--samples", type=int, default=100, help="samples per learner")
+    parser.add_argument("--adaptation", default="tail", choices=("tail", "difficulty_bias", "tail_then_bias"))
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    if min(arguments.learners, arguments.samples) < 2 or arguments.warm_up < 1:
+        parser.error("--learners and --samples must be at least 2, --warm-up at least 1")
+    figures = measure(
+        learners=arguments.learners,
+        warm_up=arguments.warm_up,
+        samples=arguments.samples,
+        adaptation=arguments.adaptation,
+    )
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:28} {value}")
+
+
+def measure(*, learners: int, warm_up: int, samples: int, adaptation: str = "tail") -> dict[str, Any]:
+    """Train ``warm_up`` and then ``learners`` learners of ``samples`` samples, 5 epochs each; figures by name."""
+    from federation.keras_engine import KerasEngine
+    from models_store.keras_network import build_network, read_weights
+
+    spec = NetworkSpec()
+    weights = read_weights(build_network(spec, 0), spec)
+    tasks = _tasks(spec, spec.flatten_tail(weights), learners + warm_up, samples)
+    engine = KerasEngine()
+    config = LocalTrainingConfig(adaptation=adaptation)
+    results = engine.train(spec=spec, weights=weights, config=config, tasks=tasks)
+    for _ in range(warm_up):
+        _check(next(results).error_code)
+    resident = [_resident_mb()]
+    wall, cpu = time.perf_counter(), time.process_time()
+    for result in results:
+        _check(result.error_code)
+        resident.append(_resident_mb())
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return {
+        "engine": engine.name,
+        "backend": engine.backend,
+        "adaptation": adaptation,
+        "learners": learners,
+        "samples": samples,
+        "epochs": config.epochs,
+        "rss_slope_mb_per_learner": round(float(np.polyfit(np.arange(len(resident)), resident, 1)[0]), 5),
+        "rss_start_mb": round(resident[0], 1),
+        "rss_end_mb": round(resident[-1], 1),
+        "learners_per_second": round(learners / wall, 2),
+        "learners_per_cpu_second": round(learners / cpu, 2),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+
+
+def _tasks(spec: NetworkSpec, tail: FloatArray, count: int, samples: int) -> Iterator[LearnerTask]:
+    units = {head.name: head.units for head in spec.heads}
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        first = rng.normal(size=(samples, spec.input_dim)).astype(np.float32)
+        yield LearnerTask(
+            key=str(seed),
+            samples=Samples(
+                first=first,
+                second=first + np.float32(0.1),
+                content=rng.integers(0, units[CONTENT_HEAD], samples),
+                path=rng.integers(0, units[PATH_HEAD], samples),
+                level=rng.uniform(0.5, 9.5, samples).astype(np.float32),
+                score=rng.integers(0, 2, samples).astype(np.float32),
+                position=np.arange(1, samples + 1),
+                content_prior=np.full((samples, units[CONTENT_HEAD]), 1.0 / units[CONTENT_HEAD], dtype=np.float32),
+                events=samples + 1,
+            ),
+            start_tail=tail,
+            anchor_tail=tail,
+            seed=seed,
+        )
+
+
+def _check(error_code: str) -> None:
+    if error_code:
+        raise RuntimeError(f"a learner could not be trained: {error_code}")
+
+
+def _resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+if __name__ == "__main__":
+    main()
