@@ -37,13 +37,15 @@ def fit_encoder(histories: Iterable[History]) -> FittedEncoder:
     """Fit all tables and scalers on the given learners only.
 
     Args:
-        histories: (key, events in the learner's order); the key decides the learner's fold. Held in memory once.
+        histories: (key, events in the learner's order), learners in any order; the key decides the learner's fold. Held in
+            memory once.
 
     Raises:
         EncodingError: ``bad_event`` naming learner, event and field; ``duplicate_learner``; ``too_few_learners`` below
             three learners, or where no learner has two events.
     """
-    learners = [(key, list(events)) for key, events in histories]
+    # Sorted, so that sums, and with them the encoder's hash, do not depend on the order in which learners come.
+    learners = sorted(((key, list(events)) for key, events in histories), key=lambda history: history[0])
     _check(learners)
     vocabulary = _vocabulary(learners)
     log = _log(vocabulary, learners)
