@@ -5,3 +5,8 @@ from django.utils.translation import gettext_lazy as _
 class ModelsStoreConfig(AppConfig):
     name = "models_store"
     verbose_name = _("Models")
+
+    def ready(self) -> None:
+        from models_store.references import register_own_sources
+
+        register_own_sources()

@@ -1,0 +1,197 @@
+"""Durable files below one local folder: a file is there whole or not at all, also after a power cut.
+
+A new file gets a temporary name in its own folder, is written and synchronised, takes its name in one step, and then the
+folder is synchronised. Names come checked; here only what the file system itself can do wrong is looked at: links that
+lead out of the folder, and things that are no regular files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from models_store.errors import StoreError
+
+TEMPORARY_PREFIX = ".tmp-"
+FILE_MODE = 0o640
+
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A file in the store: its name below the root, bytes, and seconds since the epoch of its last change."""
+
+    path: str
+    size: int
+    modified: float
+
+    @property
+    def is_temporary(self) -> bool:
+        return self.path.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
+
+
+def write_new(root: Path, files: Sequence[tuple[str, bytes]]) -> list[bool]:
+    """Create files, all of them durable on return; False for one whose name was taken, which stays as it is."""
+    temporary: list[tuple[Path, Path]] = []
+    folders: set[Path] = set()
+    try:
+        for name, data in files:
+            target = _target(root, name, folders)
+            temporary.append((_write_temporary(target.parent, data), target))
+        created = [_give_new_name(source, target) for source, target in temporary]
+        folders.update(target.parent for _, target in temporary)
+        _sync_folders(folders)
+    finally:
+        for source, _ in temporary:
+            source.unlink(missing_ok=True)
+    return created
+
+
+def replace(root: Path, name: str, data: bytes) -> None:
+    """Write a file, whether or not one of that name is there."""
+    folders: set[Path] = set()
+    target = _target(root, name, folders)
+    source = _write_temporary(target.parent, data)
+    try:
+        source.replace(target)
+    except BaseException:
+        source.unlink(missing_ok=True)
+        raise
+    _sync_folders({target.parent, *folders})
+
+
+def read(root: Path, name: str, *, max_bytes: int) -> bytes:
+    """The bytes of a regular file below ``root``.
+
+    Raises:
+        StoreError: ``missing_file``; ``bad_path`` where a link leads out of ``root``; ``bad_file`` where it is no
+            regular file or larger than ``max_bytes``.
+    """
+    real = _resolve_inside(root, name)
+    try:
+        # O_NONBLOCK: opening a named pipe must not wait for a writer.
+        handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise StoreError(f"the file {name} is missing", code="missing_file") from error
+    except OSError as error:
+        raise StoreError(f"the file {name} cannot be opened: {error.strerror}", code="bad_file") from error
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"{name} is no regular file", code="bad_file")
+        if status.st_size > max_bytes:
+            raise StoreError(f"the file {name} has {status.st_size} bytes, at most {max_bytes} are allowed", code="bad_file")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
+
+
+def touch(root: Path, name: str) -> None:
+    """Set the time of last change to now: garbage collection takes only what has been left alone for long."""
+    with suppress(FileNotFoundError):
+        os.utime(root / name)
+
+
+def delete(root: Path, name: str, *, older_than: float | None = None) -> bool:
+    """Remove a file, or a link itself; with ``older_than``, only one last changed before (seconds since the epoch).
+
+    Folders that became empty go too. False when nothing was removed.
+    """
+    path = root / name
+    try:
+        if older_than is not None and path.lstat().st_mtime >= older_than:
+            return False
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    for folder in path.parents:
+        if folder == root:
+            break
+        try:
+            folder.rmdir()
+        except OSError:
+            break
+    return True
+
+
+def walk(root: Path) -> Iterator[FoundFile]:
+    """Every file and link below ``root``, in order of name; links are not followed."""
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        linked = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in sorted([*names, *linked]):
+            path = Path(folder) / name
+            try:
+                status = path.lstat()
+            except FileNotFoundError:
+                continue
+            yield FoundFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime)
+
+
+def _target(root: Path, name: str, new_folders: set[Path]) -> Path:
+    """Where ``name`` goes; folders on the way are made, and those whose entries changed are added to ``new_folders``."""
+    target = root / name
+    missing = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new_folders.update(folder.parent for folder in missing)
+    if not target.parent.resolve().is_relative_to(root.resolve()):
+        raise StoreError(f"{name} leads out of the store through a link", code="bad_path")
+    return target
+
+
+def _write_temporary(folder: Path, data: bytes) -> Path:
+    path = folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _give_new_name(source: Path, target: Path) -> bool:
+    """Name a finished temporary file unless the name is taken: a hard link is the one step that never overwrites."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        if target.exists():
+            return False
+        source.replace(target)
+    return True
+
+
+def _resolve_inside(root: Path, name: str) -> Path:
+    try:
+        real = (root / name).resolve(strict=True)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StoreError(f"the file {name} is missing", code="missing_file") from error
+    except (OSError, RuntimeError) as error:
+        raise StoreError(f"{name} cannot be followed: {error}", code="bad_path") from error
+    if not real.is_relative_to(root.resolve()):
+        raise StoreError(f"{name} leads out of the store through a link", code="bad_path")
+    return real
+
+
+def _sync_folders(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
