@@ -57,3 +57,9 @@ class ChildDied(DomainError):
     """The process that ran the job ended without saying how the job ended."""
 
     default_code = "child_died"
+
+
+class UnknownSchedule(UsageError):
+    """No schedule of this name is declared."""
+
+    default_code = "unknown_schedule"

@@ -88,13 +88,17 @@ def finish_expired(job: Job, *, ending: Ending) -> bool:
 
 
 def release(job: Job, *, count_start: bool) -> bool:
-    """Put a running job back to waiting, unless its lease moved since ``job`` was read.
+    """Put a running job back to waiting, unless its lease moved since ``job`` was read or a cancel was asked for.
 
     ``count_start=False`` takes the start back: a worker that was told to stop is not the job's fault.
     """
     now = timezone.now()
     changed = Job.objects.filter(
-        id=job.id, state=JobState.RUNNING, owner=job.owner, lease_expires_at=job.lease_expires_at
+        id=job.id,
+        state=JobState.RUNNING,
+        owner=job.owner,
+        lease_expires_at=job.lease_expires_at,
+        cancel_requested_at__isnull=True,
     ).update(
         state=JobState.QUEUED,
         owner=None,

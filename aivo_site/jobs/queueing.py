@@ -89,10 +89,10 @@ def send(job: Job) -> None:
         transaction.on_commit(partial(_send, job.id, cluster))
 
 
-def waiting_messages(queue: str) -> list[Message]:
-    """The messages of a queue in the database broker, oldest first; those that cannot be read are left out."""
+def waiting_messages(queue: str, *, limit: int | None = None) -> list[Message]:
+    """The (first ``limit``) messages of a queue in the database broker, oldest first, without those that cannot be read."""
     messages = []
-    for row in OrmQ.objects.filter(key=cluster_name(queue)).order_by("id").iterator(chunk_size=500):
+    for row in OrmQ.objects.filter(key=cluster_name(queue)).order_by("id")[:limit].iterator(chunk_size=500):
         task = row.task
         if "func" not in task:
             logger.warning("message %s cannot be read (was SECRET_KEY changed?); the queue will drop it", row.pk)

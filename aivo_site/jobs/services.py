@@ -86,12 +86,13 @@ def run_here(*, job: Job, progress: ProgressCallback | None = None) -> Job:
     Raises:
         NotClaimable: the job is not waiting.
     """
+    kind = get_kind(job.kind)
     token = uuid4()
     claimed = lease.claim(job.id, token=token)
     if claimed is None:
         raise NotClaimable(_("Job %(id)s is not waiting to be run.") % {"id": job.id})
     try:
-        execution = execute(claimed, get_kind(claimed.kind), token=token, progress=progress)
+        execution = execute(claimed, kind, token=token, progress=progress)
     except (KeyboardInterrupt, Interrupted):
         message = _("Interrupted by a signal.")
         lease.finish(claimed.id, token=token, ending=Ending(JobState.CANCELLED, error_code="interrupted", error_message=message))
