@@ -90,6 +90,7 @@ class ResidentNetwork:
         self.model = keras_network.build_network(spec, 0)
         self._trunk = self._compile_trunk()
         self._tail_variables = keras_network.variables_of(self.model, spec.tail_tensors)
+        self._dropout_states = list(keras_network.dropout_states(self.model, spec).values())
         self._bias = self.model.get_layer(DIFFICULTY_HEAD).bias
         self._optimisers: dict[tuple[str, float, int], Any] = {}
         self._functions: dict[_FunctionKey, Any] = {}
@@ -195,8 +196,8 @@ class ResidentNetwork:
         optimiser = self._optimiser(config.optimiser, config.momentum, TAIL_PASS)
         key = ("tail", config.batch_size, config.optimiser, config.momentum, config.dropout)
         function = self._function(key, lambda: self._compile_tail_pass(optimiser, config.batch_size, config.dropout))
-        self._start_pass(optimiser, config.learning_rate, task.seed, TAIL_PASS)
-        return self._run(function, plan, [*data, task.anchor_tail, np.float32(config.proximal_mu)])
+        start = self._start_arguments(config.learning_rate, task.seed, TAIL_PASS)
+        return self._run(function, plan, [*start, *data, task.anchor_tail, np.float32(config.proximal_mu)])
 
     def _bias_pass(self, config: LocalTrainingConfig, task: LearnerTask, data: list[Any]) -> tuple[tuple[float, ...], int]:
         plan = plan_batches(
@@ -209,22 +210,30 @@ class ResidentNetwork:
         optimiser = self._optimiser("adam", 0.0, BIAS_PASS)
         key = ("difficulty_bias", config.batch_size, "adam", 0.0, config.dropout)
         function = self._function(key, lambda: self._compile_bias_pass(optimiser, config.batch_size, config.dropout))
-        self._start_pass(optimiser, config.bias_learning_rate, task.seed, BIAS_PASS)
+        start = self._start_arguments(config.bias_learning_rate, task.seed, BIAS_PASS)
         _, second, _, _, level, score = data
-        return self._run(function, plan, [second, level, score])
+        return self._run(function, plan, [*start, second, level, score])
 
     @staticmethod
     def _run(function: Any, plan: BatchPlan, data: list[Any]) -> tuple[tuple[float, ...], int]:
         losses = function(plan.index, plan.mask, *data).numpy()
         return plan.epoch_means(losses), len(losses)
 
-    def _start_pass(self, optimiser: Any, learning_rate: float, seed: int, training_pass: int) -> None:
-        """Fresh optimiser state and dropout generators, whatever was trained before."""
-        for variable in optimiser.variables:
-            variable.assign(np.zeros(variable.shape, dtype=variable.dtype))
-        optimiser.learning_rate.assign(learning_rate)
+    def _start_arguments(self, learning_rate: float, seed: int, training_pass: int) -> list[Any]:
+        """What ``_start_pass`` takes: the learning rate, and each dropout layer's seed (layers,) int64."""
         words = np.random.SeedSequence([seed, DROPOUT_STREAM, training_pass]).generate_state(1)
-        keras_network.seed_dropout(self.model, self.spec, int(words[0]))
+        seeds = keras_network.layer_seeds(int(words[0]), len(self._dropout_states))
+        return [np.float32(learning_rate), np.array(seeds, dtype=np.int64)]
+
+    def _start_pass(self, optimiser: Any, learning_rate: Any, seeds: Any) -> None:
+        """Fresh optimiser state and dropout generators, whatever was trained before; runs inside a traced function."""
+        import tensorflow as tf
+
+        for variable in optimiser.variables:
+            variable.assign(tf.zeros(variable.shape, variable.dtype))
+        optimiser.learning_rate.assign(learning_rate)
+        for number, state in enumerate(self._dropout_states):
+            state.assign(tf.cast(tf.stack([seeds[number], 0]), state.dtype))
 
     def _optimiser(self, name: str, momentum: float, training_pass: int) -> Any:
         import keras
@@ -271,8 +280,9 @@ class ResidentNetwork:
             tail = [variable.value for variable in self._tail_variables]
             return tf.reduce_sum(per_sample * mask) / tf.reduce_sum(mask) + keras_network.proximal_term(tail, anchors, mu)
 
-        def run(index: Any, mask: Any, *arguments: Any) -> Any:
+        def run(index: Any, mask: Any, learning_rate: Any, seeds: Any, *arguments: Any) -> Any:
             *data, anchor, mu = arguments
+            self._start_pass(optimiser, learning_rate, seeds)
             anchors = [tf.reshape(a, shape) for a, shape in zip(tf.split(anchor, sizes), shapes, strict=True)]
 
             def step(number: Any) -> Any:
@@ -285,7 +295,7 @@ class ResidentNetwork:
             return _loop(step, tf.shape(index)[0])
 
         signature = [
-            *_plan_signature(batch_size),
+            *self._pass_signature(batch_size),
             tf.TensorSpec((None, self.spec.feature_dim), tf.float32),
             tf.TensorSpec((None, self.spec.feature_dim), tf.float32),
             tf.TensorSpec((None,), tf.int32),
@@ -301,7 +311,9 @@ class ResidentNetwork:
         """(plan, second-pass features, level, score) -> ordinal loss per step; trains the difficulty head's bias."""
         import tensorflow as tf
 
-        def run(index: Any, mask: Any, second: Any, level: Any, score: Any) -> Any:
+        def run(index: Any, mask: Any, learning_rate: Any, seeds: Any, second: Any, level: Any, score: Any) -> Any:
+            self._start_pass(optimiser, learning_rate, seeds)
+
             def step(number: Any) -> Any:
                 rows, weights = index[number], mask[number]
                 hidden = self._tail_body(tf.gather(second, rows), dropout)
@@ -315,21 +327,26 @@ class ResidentNetwork:
             return _loop(step, tf.shape(index)[0])
 
         signature = [
-            *_plan_signature(batch_size),
+            *self._pass_signature(batch_size),
             tf.TensorSpec((None, self.spec.feature_dim), tf.float32),
             tf.TensorSpec((None,), tf.float32),
             tf.TensorSpec((None,), tf.float32),
         ]
         return keras_network.compiled(run, signature)
 
+    def _pass_signature(self, batch_size: int) -> list[Any]:
+        """Of index and mask of a plan, and of ``_start_arguments``."""
+        import tensorflow as tf
+
+        return [
+            tf.TensorSpec((None, batch_size), tf.int32),
+            tf.TensorSpec((None, batch_size), tf.float32),
+            tf.TensorSpec((), tf.float32),
+            tf.TensorSpec((len(self._dropout_states),), tf.int64),
+        ]
+
     def _tail_body(self, features: Any, dropout: bool) -> Any:
         return keras_network.apply_tail_body(self.model, self.spec, features, dropout=dropout)
-
-
-def _plan_signature(batch_size: int) -> list[Any]:
-    import tensorflow as tf
-
-    return [tf.TensorSpec((None, batch_size), tf.int32), tf.TensorSpec((None, batch_size), tf.float32)]
 
 
 def _loop(step: Callable[[Any], Any], steps: Any) -> Any:
