@@ -1,0 +1,268 @@
+"""What every aggregation strategy is: its description, its weights, its fold, and the slots in the fold.
+
+A strategy turns the deltas of one round into one update. ``weigh`` looks at numbers per learner only and runs first;
+``start`` begins a fold that takes one delta after the other, ordered by subject key. Two slots are part of every fold:
+a privacy mechanism, applied to each delta and to the finished sum, and sums made elsewhere of deltas nobody here sees.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from federation.strategies.blocks import BlockSum, DoubleArray, FloatingArray, SumSource
+from federation.strategies.errors import StrategyError, refuse
+
+MAX_WEIGHT = 1e100
+"""Largest weight of one learner, and its inverse the smallest total: no sum of products overflows or vanishes."""
+
+DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One number that a policy may set for a strategy, allowed in [low, high]."""
+
+    name: str
+    default: float
+    low: float
+    high: float
+    meaning: str
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyInfo:
+    """What an operator should know before choosing a strategy.
+
+    Attributes:
+        name: as stored in policies and rounds.
+        source: where the rule is published.
+        breakdown_point: share of learners that can send anything and still not move the result without bound.
+        minimum_cohort: fewest learners with which the rule is defined.
+        privacy_compatible: whether the rule has bounded sensitivity with uniform weights and a fixed denominator.
+        memory: what a fold holds, in words.
+        weight: what a learner's weight is, in words.
+        uses_quality: whether ``weigh`` takes measured quality.
+    """
+
+    name: str
+    source: str
+    breakdown_point: float
+    minimum_cohort: int
+    privacy_compatible: bool
+    memory: str
+    weight: str
+    uses_quality: bool = False
+    parameters: tuple[Parameter, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Aggregate:
+    """One round's update.
+
+    Attributes:
+        vector: (d,) in the dtype the fold was started with.
+        denominator: what the sum was divided by: the total weight, or a privacy mechanism's fixed number.
+        weight: total weight of the contributions.
+        count: contributions in it.
+        mechanism: name of the privacy mechanism that was applied, empty without one.
+    """
+
+    vector: FloatingArray
+    denominator: float
+    weight: float
+    count: int
+    strategy: str
+    mechanism: str = ""
+
+
+class PrivacyMechanism(Protocol):
+    """What bounds each learner's influence and covers it with noise. Under it every weight is 1."""
+
+    name: str
+    denominator: float
+    """Fixed before anything is seen: the expected number of learners."""
+
+    def clip(self, delta: FloatingArray) -> FloatingArray:
+        """A new array of the same shape whose L2 norm is bounded."""
+        ...
+
+    def add_noise(self, total: DoubleArray) -> DoubleArray:
+        """A new array: the sum of the clipped deltas with noise. Called once per fold, also when nobody contributed."""
+        ...
+
+
+class Fold(Protocol):
+    """Contributions of one round, one after the other, ordered by subject key."""
+
+    def add(self, delta: FloatingArray, weight: float) -> None:
+        """Add one learner's (d,) delta.
+
+        Raises:
+            StrategyError: the contribution is refused and has left no trace.
+        """
+        ...
+
+    def add_blocks(self, blocks: Iterable[BlockSum]) -> None:
+        """Add what another fold's ``parts`` gave; within or after the learners added here, by block index."""
+        ...
+
+    def add_sums(self, source: SumSource) -> None:
+        """Add sums whose summands are not seen (masked sums); any clipping happened where they were made."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Take over everything of ``other``, a fold of the same strategy over other blocks; it cannot be used again."""
+        ...
+
+    def parts(self) -> Iterator[BlockSum]:
+        """Hand over the partial sums, for a process that merges; this fold cannot be used again.
+
+        They carry no noise: as secret as the deltas in them.
+        """
+        ...
+
+    def finish(self) -> Aggregate:
+        """The round's update; once only, since a second call would draw the mechanism's noise a second time."""
+        ...
+
+
+class Strategy(ABC):
+    """One aggregation rule; stateless, shared by everyone."""
+
+    info: ClassVar[StrategyInfo]
+
+    @abstractmethod
+    def weigh(
+        self, samples: npt.ArrayLike, *, quality: npt.ArrayLike | None = None, parameters: Mapping[str, Any] | None = None
+    ) -> DoubleArray:
+        """The weights to add the learners' deltas with.
+
+        Args:
+            samples: (n,) samples each learner trained on, 0 or more.
+            quality: (n,) measured quality in [0, 1], for the strategies that use it.
+
+        Returns:
+            (n,) float64; only ratios matter.
+
+        Raises:
+            StrategyError: nothing to weigh, shapes that differ, values outside their range.
+        """
+
+    @abstractmethod
+    def start(
+        self,
+        dim: int,
+        *,
+        dtype: npt.DTypeLike = np.float32,
+        first_block: int = 0,
+        mechanism: PrivacyMechanism | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> Fold:
+        """Begin a fold over (dim,) deltas whose result has ``dtype``.
+
+        Args:
+            first_block: block of the first learner added; a shard begins where its blocks begin.
+            mechanism: makes every weight 1 and the denominator fixed.
+
+        Raises:
+            StrategyError: unknown or bad parameters, a mechanism with a strategy that is not made for one.
+        """
+
+    def aggregate(self, deltas: npt.ArrayLike, weights: npt.ArrayLike, **parameters: Any) -> FloatingArray:
+        """One update from all deltas at once; the same arithmetic as the fold.
+
+        Args:
+            deltas: (n, d) float16, float32 or float64, row order as given; never changed.
+            weights: (n,) samples each learner trained on.
+            parameters: those of ``info.parameters``, and ``quality`` where the strategy uses it.
+
+        Returns:
+            (d,) in the dtype of ``deltas``.
+
+        Raises:
+            StrategyError: anything that does not fit; nothing is broadcast.
+        """
+        rows = as_deltas(deltas)
+        quality = parameters.pop("quality", None) if self.info.uses_quality else None
+        effective = self.weigh(weights, quality=quality, parameters=parameters)
+        if effective.shape != (rows.shape[0],):
+            refuse("wrong_shape", f"weights must have shape ({rows.shape[0]},), one per delta, not {effective.shape}")
+        fold = self.start(rows.shape[1], dtype=rows.dtype, parameters=parameters)
+        for row, weight in enumerate(effective):
+            try:
+                fold.add(rows[row], float(weight))
+            except StrategyError as error:
+                raise StrategyError(f"contribution {row}: {error}", code=error.code) from error
+        return fold.finish().vector
+
+    def check_parameters(self, parameters: Mapping[str, Any] | None) -> dict[str, float]:
+        """All parameters of the strategy, those not given at their defaults.
+
+        Raises:
+            StrategyError: a name that is unknown, a value that is no number in its range.
+        """
+        given = dict(parameters or {})
+        known = {parameter.name: parameter for parameter in self.info.parameters}
+        unknown = sorted(given.keys() - known.keys())
+        if unknown:
+            allowed = ", ".join(known) or "none"
+            refuse("unknown_parameter", f"strategy {self.info.name} has no parameter {', '.join(unknown)}; allowed: {allowed}")
+        return {name: _checked_parameter(known[name], given.get(name, known[name].default)) for name in known}
+
+
+def as_deltas(deltas: npt.ArrayLike) -> FloatingArray:
+    """``deltas`` as an (n, d) array of floats, n at least 1, not copied where it is one already.
+
+    Raises:
+        StrategyError: ``wrong_shape``, ``wrong_dtype`` or ``no_contributions``.
+    """
+    try:
+        rows = np.asarray(deltas)
+    except ValueError as error:
+        raise StrategyError("deltas must all have the same shape", code="wrong_shape") from error
+    if rows.size == 0 and (rows.ndim != 2 or rows.shape[0] == 0):
+        refuse("no_contributions", "there are no deltas to aggregate")
+    if rows.dtype not in DTYPES:
+        refuse("wrong_dtype", f"deltas must be float16, float32 or float64, not {rows.dtype}")
+    if rows.ndim != 2:
+        refuse("wrong_shape", f"deltas must have shape (n, d), not {rows.shape}")
+    return rows
+
+
+def as_numbers(values: npt.ArrayLike, *, name: str, code: str) -> DoubleArray:
+    """``values`` as an (n,) float64 array of finite numbers, n at least 1; a new array.
+
+    Raises:
+        StrategyError: ``wrong_shape``, ``no_contributions``, or ``code`` for values that are no finite numbers.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise StrategyError(f"{name} must have shape (n,)", code="wrong_shape") from error
+    if array.ndim != 1:
+        refuse("wrong_shape", f"{name} must have shape (n,), not {array.shape}")
+    if array.shape[0] == 0:
+        refuse("no_contributions", f"{name} is empty: there is nothing to aggregate")
+    if array.dtype.kind not in "iuf":
+        refuse(code, f"{name} must be numbers, not {array.dtype}")
+    numbers = array.astype(np.float64)
+    if not np.isfinite(numbers).all():
+        refuse(code, f"{name} must be finite")
+    return numbers
+
+
+def _checked_parameter(parameter: Parameter, value: Any) -> float:
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not is_number or not isfinite(value) or not parameter.low <= value <= parameter.high:
+        refuse("bad_parameter", f"{parameter.name} must be a number from {parameter.low} to {parameter.high}, not {value!r}")
+    if parameter.whole and value != int(value):
+        refuse("bad_parameter", f"{parameter.name} must be a whole number, not {value!r}")
+    return float(value)
