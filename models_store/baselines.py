@@ -56,20 +56,20 @@ class Baselines:
 
     def item_means(self, events: Sequence[Event], samples: Samples) -> Float64Array:
         """(n,) mean score of each sample's item, by the encoder's tables. ``events``: the learner's whole history."""
-        vocabulary = self.encoder.vocabulary
-        at = _events_of(events, samples)
-        item = np.array([vocabulary.item(event.item) for event in at], dtype=np.int64)
+        _check_events(events, samples)
+        item = np.array([self.encoder.vocabulary.item(events[at].item) for at in samples.position.tolist()], dtype=np.int64)
         return self.encoder.scale.item_mean(item, samples.content)
 
     def elo(self, events: Sequence[Event], samples: Samples) -> Float64Array:
         """(n,) P(right) of each sample by Elo ratings. ``events``: the learner's whole history."""
+        _check_events(events, samples)
         columns, _ = elo_columns(self.encoder.vocabulary, self.encoder.scale, events)
         return _sigmoid(columns[samples.position - 1] @ self.elo_coefficients)
 
     def content(self, events: Sequence[Event], samples: Samples) -> dict[str, Float64Array]:
         """Content forecasts (n, 128) by name of the baseline. ``events``: the learner's whole history."""
-        at = samples.position - 1
-        last = np.array([self.encoder.slot(event.category) for event in events], dtype=np.int64)[at]
+        _check_events(events, samples)
+        last = np.array([self.encoder.slot(events[at - 1].category) for at in samples.position.tolist()], dtype=np.int64)
         row = np.arange(len(samples))
         rates = np.repeat(self.encoder.base_rates[None], len(samples), axis=0)
         repeat = rates.copy()
@@ -124,7 +124,7 @@ def fit_baselines(fitted: FittedEncoder, histories: Iterable[History]) -> Baseli
     for key, events in histories:
         if len(events) < 2:
             continue
-        own_columns, trail = elo_columns(vocabulary, fitted.training_scale(key), events)
+        own_columns, trail = elo_columns(vocabulary, fitted.training_scale(key), events, ruler=fitted.encoder.scale)
         states = sample_states(trail)
         slot = event_slots(trail, states)
         repeats += int((trail.snapshots[states, SNAPSHOT_INDEX["slot"]] == slot).sum())
@@ -142,13 +142,15 @@ def fit_baselines(fitted: FittedEncoder, histories: Iterable[History]) -> Baseli
     )
 
 
-def elo_columns(vocabulary: Vocabulary, scale: Scale, events: Sequence[Event]) -> tuple[Float64Array, Trail]:
+def elo_columns(
+    vocabulary: Vocabulary, scale: Scale, events: Sequence[Event], *, ruler: Scale | None = None
+) -> tuple[Float64Array, Trail]:
     """(n - 1, 4) constant, learner's rating, rating in the event's category, item's offset, before each event but the first.
 
     Returns:
         The columns, and the trail that they were read from.
     """
-    trail = scan(vocabulary, scale, EncoderState.new(encoder="", mean=scale.mean), events)
+    trail = scan(vocabulary, scale, EncoderState.new(encoder="", mean=scale.mean), events, ruler=ruler)
     states = sample_states(trail)
     slot = event_slots(trail, states)
     offset = np.array([scale.place(vocabulary.item(event.item), vocabulary.slot(event.category)).offset for event in events[1:]])
@@ -187,7 +189,6 @@ def _sigmoid(logit: Float64Array) -> Float64Array:
     return np.asarray(0.5 * (1.0 + np.tanh(0.5 * logit)))
 
 
-def _events_of(events: Sequence[Event], samples: Samples) -> list[Event]:
+def _check_events(events: Sequence[Event], samples: Samples) -> None:
     if len(samples) and int(samples.position.max()) >= len(events):
         raise EvaluationError("the samples do not belong to these events", code="wrong_shape")
-    return [events[position] for position in samples.position.tolist()]

@@ -232,7 +232,7 @@ def _fingerprint(vocabulary: Vocabulary, events: Sequence[Event]) -> bytes:
 
 def _training_rows(encoder: Encoder, tables: LeaveOneOut, events: Sequence[Event]) -> tuple[Trail, IntArray, Forecast, RawRows]:
     state = EncoderState.new(encoder="", mean=tables.scale.mean)
-    trail = scan(encoder.vocabulary, tables.scale, state, events)
+    trail = scan(encoder.vocabulary, tables.scale, state, events, ruler=encoder.scale)
     states = sample_states(trail)
     slot = np.array([encoder.vocabulary.slot(event.category) for event in events], dtype=np.int64)
     item = np.array([encoder.vocabulary.item(event.item) for event in events], dtype=np.int64)

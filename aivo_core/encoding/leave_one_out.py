@@ -2,8 +2,10 @@
 
 Inputs that contain their own label teach the network to read it; on new learners it then finds nothing. So the row's own
 step is taken out of every count (base rates, category after category, category after item, expected item mean), and a cell
-counts as known only where at least three *other* learners stand behind it. Item means come from a scale without the row's
-whole fold of learners.
+counts as known only where at least three *other* learners stand behind it. Item means, and the level label, come from a scale
+without the row's whole fold of learners. Only the deciles by which steps are measured (path label, decile columns) are those
+of the version's own scale: a label means what the version's tables say, and there the row's own score shifts an item's rank
+by one part in its count.
 """
 
 from __future__ import annotations

@@ -66,8 +66,25 @@ class Trail:
         return int(self.path.shape[0])
 
 
-def scan(vocabulary: Vocabulary, scale: Scale, state: EncoderState, events: Sequence[Event]) -> Trail:
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the tables say about an event: slot, item index, subject slot, decile, place."""
+
+    slot: int
+    item: int
+    subject: int
+    decile: int
+    place: Place
+
+
+def scan(
+    vocabulary: Vocabulary, scale: Scale, state: EncoderState, events: Sequence[Event], *, ruler: Scale | None = None
+) -> Trail:
     """Move ``state`` past the events (in place) and say what the learner looked like on the way.
+
+    Args:
+        scale: item means, offsets and levels.
+        ruler: whose deciles measure a step (path label, decile columns); None takes ``scale``.
 
     Raises:
         EncodingError: ``bad_event``, naming the event's place in ``events`` and its field. The state is then unusable.
@@ -81,9 +98,11 @@ def scan(vocabulary: Vocabulary, scale: Scale, state: EncoderState, events: Sequ
         check_event(event, position)
         slot, item = vocabulary.slot(event.category), vocabulary.item(event.item)
         place = scale.place(item, slot)
-        paths.append(_path(state, event, slot, place))
+        decile = place.decile if ruler is None else ruler.place(item, slot).decile
+        paths.append(_path(state, event, slot, decile))
         levels.append(place.level)
-        snapshots.append(_advance(state, event, slot, item, vocabulary.subject_slot(event.subject), place))
+        known = _Known(slot, item, vocabulary.subject_slot(event.subject), decile, place)
+        snapshots.append(_advance(state, event, known))
     trail = _trail(start, snapshots, paths, levels)
     if n:
         _complete(state, trail)
@@ -113,7 +132,7 @@ def check_event(event: Event, position: int) -> None:
         ) from error
 
 
-def _path(state: EncoderState, event: Event, slot: int, place: Place) -> int:
+def _path(state: EncoderState, event: Event, slot: int, decile: int) -> int:
     """Path label of an event, from the state before it."""
     if not state.events:
         return 0
@@ -123,7 +142,7 @@ def _path(state: EncoderState, event: Event, slot: int, place: Place) -> int:
         category_seen=state.counts[slot] > 0,
         same_subject=event.subject == state.last_subject,
     )
-    change = place.decile - state.last_item_decile
+    change = decile - state.last_item_decile
     return path_id(relation=kind, decile_change=change, after_break=_begins_session(state, event.seconds))
 
 
@@ -131,8 +150,9 @@ def _begins_session(state: EncoderState, seconds: float | None) -> bool:
     return seconds is not None and state.last_seconds is not None and seconds - state.last_seconds > SESSION_GAP_SECONDS
 
 
-def _advance(state: EncoderState, event: Event, slot: int, item: int, subject: int, place: Place) -> tuple[float, ...]:
+def _advance(state: EncoderState, event: Event, known: _Known) -> tuple[float, ...]:
     """Update the state with one event and return its snapshot."""
+    slot, place = known.slot, known.place
     score = float(event.score)
     before = state.events
     count = state.counts[slot] + 1
@@ -156,14 +176,14 @@ def _advance(state: EncoderState, event: Event, slot: int, item: int, subject: i
         state.response_mean = _running(state.response_mean, float(event.response_ms))
     state.last_slot = slot
     state.last_subject = event.subject
-    state.last_item_decile = place.decile
+    state.last_item_decile = known.decile
     state.events = before + 1
     state.snapshot = (
         float(slot),
-        float(item),
+        float(known.item),
         place.mean,
-        float(place.decile),
-        float(subject),
+        float(known.decile),
+        float(known.subject),
         state.mastery[slot],
         state.ability[slot],
         state.overall_ability,

@@ -67,6 +67,7 @@ def test_a_training_row_equals_a_row_from_tables_refitted_without_its_own_step(
             mean = item_mean(histories, encoder, own.item, own.category, without_fold=fold_of(key))
             scale = fitted.training_scale(key)
             assert samples.level[row] == pytest.approx(0.5 + 9 * float(scale.hardness(mean)), abs=1e-5)
+        np.testing.assert_array_equal(samples.path, encoder.encode(events)[0].path)
 
 
 def test_the_scales_of_training_rows_do_not_know_their_learners_scores() -> None:
