@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aivo_core.encoding import EncodingError, Event, FittedEncoder, fit_encoder
@@ -130,6 +130,7 @@ def hash_free(name: str) -> int:
     return sum(name.encode()) % 12
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.5, 50)), min_size=1, max_size=9))
 def test_pooling_gives_a_falling_sequence_of_the_same_weighted_mean(pairs: list[tuple[float, float]]) -> None:
     rate, weight = np.array(pairs).T
