@@ -78,7 +78,8 @@ def admin_action(action: JobAction) -> Callable[[Any, HttpRequest, QuerySet[Any]
 
 
 def _respond(action: JobAction, model_admin: Any, request: HttpRequest, queryset: QuerySet[Any]) -> HttpResponse:
-    if not request.user.has_perm(action.permission):
+    user = request.user
+    if not user.is_authenticated or not user.has_perm(action.permission):
         raise DomainError(_("You may not do this: it needs the permission %s.") % action.permission, code="not_permitted")
     count = queryset.count()
     if count > MAX_SELECTED:
@@ -93,7 +94,7 @@ def _respond(action: JobAction, model_admin: Any, request: HttpRequest, queryset
         job = jobs.enqueue(
             kind=action.kind,
             params=action.params(queryset, form.cleaned_data),
-            requested_by=request.user,
+            requested_by=user,
             idempotency_key=f"console:{_token(request)}",
         )
         return HttpResponseRedirect(reverse("admin:jobs_job_change", args=[job.pk]))

@@ -104,7 +104,8 @@ class JobAdmin(ReadOnlyAdmin):
                 "error_message": job.error_message,
                 "result": job.result,
                 "log": [
-                    {"id": line.pk, "at": timezone.localtime(line.at).strftime("%H:%M:%S"), "message": line.message} for line in lines
+                    {"id": line.pk, "at": timezone.localtime(line.at).strftime("%H:%M:%S"), "message": line.message}
+                    for line in lines
                 ],
             }
         )
@@ -164,7 +165,9 @@ def _notice(job: Job) -> str:
     if job.state == JobState.QUEUED:
         newest = WorkerHeartbeat.objects.filter(queue=job.queue).order_by("-last_seen_at").first()
         if newest is None or (timezone.now() - newest.last_seen_at).total_seconds() > SILENT_AFTER_SECONDS:
-            return _("No worker of the queue “%s” has been seen in the last minute: the job waits until one is started.") % job.queue
+            return (
+                _("No worker of the queue “%s” has been seen in the last minute: the job waits until one is started.") % job.queue
+            )
     if job.state == JobState.RUNNING and job.lease_expires_at and job.lease_expires_at < timezone.now():
         return _("The worker that ran this job has fallen silent; it will be taken up again or ended in a few minutes.")
     if job.cancel_requested_at and not job.is_terminal:
