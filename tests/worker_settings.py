@@ -7,8 +7,8 @@ import os
 os.environ.setdefault("SECRET_KEY", "only-for-tests-0123456789-abcdefghijklmnopqrstuvwxyz-ABCDEF")
 os.environ.setdefault("HTTPS", "false")
 
-from aivo_site.settings import *  # noqa: E402, F403
-from aivo_site.settings import INSTALLED_APPS, Q_CLUSTER  # noqa: E402
+from aivo_site.settings import *  # noqa: F403
+from aivo_site.settings import INSTALLED_APPS, Q_CLUSTER
 
 INSTALLED_APPS = [*INSTALLED_APPS, "tests.site.job_kinds"]
 
@@ -21,5 +21,5 @@ Q_CLUSTER = {
     **Q_CLUSTER,
     "poll": 0.1,
     "guard_cycle": 0.2,
-    "ALT_CLUSTERS": {"training": {**Q_CLUSTER["ALT_CLUSTERS"]["training"], "timeout": 20, "retry": 100, "poll": 0.1}},
+    "ALT_CLUSTERS": {"training": {**Q_CLUSTER["ALT_CLUSTERS"]["training"], "timeout": 5, "retry": 100, "poll": 0.1}},
 }

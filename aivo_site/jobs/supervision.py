@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from django.conf import settings
@@ -35,7 +36,7 @@ from aivo_site.jobs.workers import PULSE_SECONDS
 logger = logging.getLogger(__name__)
 
 _MESSAGES_LOOKED_AT = 200
-_SIGNALLED_SECONDS = 5.0
+_HAND_BACK_SECONDS = 5.0
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -94,17 +95,16 @@ class ClusterProcess:
 
     def stop(self, timeout: float) -> None:
         """Let running jobs end for ``timeout`` seconds, then have workers hand theirs back, then kill what is left."""
-        steps = (
-            (lambda: os.kill(self.group, signal.SIGTERM), timeout),
-            (lambda: os.killpg(self.group, signal.SIGTERM), _SIGNALLED_SECONDS),
-        )
-        for send, seconds in steps:
-            if self.ended():
-                break
-            with contextlib.suppress(ProcessLookupError):
-                send()
+        if not self.ended():
+            self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(seconds)
+                self._process.wait(timeout)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.group, signal.SIGTERM)
+        # The main process may wait for ever for one that is gone, so only the others are waited for.
+        until = time.monotonic() + _HAND_BACK_SECONDS
+        while time.monotonic() < until and _members(self.group) - {self.group}:
+            time.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.group, signal.SIGKILL)
         self._process.wait()
@@ -137,7 +137,7 @@ class Watchdog:
             try:
                 reason = self._watch_one(cluster)
             finally:
-                cluster.stop(self._stop_timeout if self._stopping else _SIGNALLED_SECONDS)
+                cluster.stop(self._stop_timeout if self._stopping else _HAND_BACK_SECONDS)
             if not self._stopping:
                 self.restarts += 1
                 logger.error("queue %s: workers %s; starting them again", self._queue, reason)
@@ -199,6 +199,17 @@ def _busy_workers(queue: str, group: int | None, now: datetime) -> int:
         return seen.count()
     pids = seen.filter(host=socket.gethostname()).values_list("pid", flat=True)
     return sum(_group_of(pid) == group for pid in pids)
+
+
+def _members(group: int) -> set[int]:
+    """The living processes of a process group."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            state, _parent, entry_group = entry.read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()[:3]
+            if int(entry_group) == group and state != "Z":
+                found.add(int(entry.parent.name))
+    return found
 
 
 def _group_of(pid: int) -> int | None:
