@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -55,7 +55,7 @@ def fit_encoder(histories: Iterable[History]) -> FittedEncoder:
     scale = full_scale(log)
     folds = [fold_of(key) for key, _ in learners]
     outside = fold_scales(log, folds)
-    encoder_without_scaler = Encoder(
+    unscaled = Encoder(
         vocabulary=vocabulary,
         scale=scale,
         transitions=fit_transitions(log, counts, ExpectedMeans.of(log, scale)),
@@ -70,15 +70,7 @@ def fit_encoder(histories: Iterable[History]) -> FittedEncoder:
         expected=tuple(ExpectedMeans.of(log, fold_scale) for fold_scale in outside),
         fingerprints={key: _fingerprint(vocabulary, events) for key, events in learners},
     )
-    scaler = _fit_scaler(encoder_without_scaler, training, learners)
-    encoder = Encoder(
-        vocabulary=vocabulary,
-        scale=scale,
-        transitions=encoder_without_scaler.transitions,
-        scaler=scaler,
-        context_slots=encoder_without_scaler.context_slots,
-        success_by_level=encoder_without_scaler.success_by_level,
-    )
+    encoder = replace(unscaled, scaler=_fit_scaler(unscaled, training, learners))
     return FittedEncoder(encoder=encoder, training=training, report=_report(learners, log, counts, encoder))
 
 
