@@ -86,9 +86,15 @@ class Aggregate:
 class PrivacyMechanism(Protocol):
     """What bounds each learner's influence and covers it with noise. Under it every weight is 1."""
 
-    name: str
-    denominator: float
-    """Fixed before anything is seen: the expected number of learners."""
+    @property
+    def name(self) -> str:
+        """Stands in the aggregate."""
+        ...
+
+    @property
+    def denominator(self) -> float:
+        """Fixed before anything is seen: the expected number of learners."""
+        ...
 
     def clip(self, delta: FloatingArray) -> FloatingArray:
         """A new array of the same shape whose L2 norm is bounded."""
