@@ -11,12 +11,16 @@ import sys
 import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date
+from pathlib import Path
 from typing import Any, ClassVar
 from uuid import UUID
 
+import numpy as np
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.utils.functional import Promise
 from django.utils.translation import gettext as _
 
 from aivo_site.errors import DomainError, Skipped, UsageError
@@ -81,31 +85,32 @@ class AivoCommand(BaseCommand):
     def handle(self, *_args: Any, **options: Any) -> None:
         as_json = bool(options["json"])
         try:
-            outcome = self.perform(options, ProgressBar(enabled=not as_json or sys.stderr.isatty()))
-        except (DomainError, ValueError, FileNotFoundError) as error:
-            code = getattr(error, "code", "file_not_found" if isinstance(error, FileNotFoundError) else None)
-            if not isinstance(code, str):
-                raise
-            self._finish_refused(error, code, as_json=as_json)
+            # What a library prints must not mix with the result.
+            with redirect_stdout(sys.stderr):
+                outcome = self.perform(options, ProgressBar(enabled=True))
+            text = self._object(outcome.result) if as_json else "\n".join(outcome.lines)
+        except Exception as error:  # noqa: BLE001 - each is either told or raised again
+            self._finish_refused(error, as_json=as_json)
             return
-        self._finish(outcome, as_json=as_json)
-
-    def _finish(self, outcome: Outcome, *, as_json: bool) -> None:
-        if as_json:
-            self.stdout.write(self._object(outcome.result))
-        else:
-            for line in outcome.lines:
-                self.stdout.write(line)
+        if text:
+            self.stdout.write(text)
         if outcome.exit_code != EXIT_DONE:
             raise SystemExit(outcome.exit_code)
 
-    def _finish_refused(self, error: Exception, code: str, *, as_json: bool) -> None:
+    def _finish_refused(self, error: Exception, *, as_json: bool) -> None:
+        """Say why: an expected refusal in words, a fault of the program by its traceback (exit 1 as well)."""
+        if isinstance(error, CommandError):
+            raise error
+        code = _refusal_code(error)
         exit_code = _exit_code(error)
         if exit_code == EXIT_USAGE:
-            raise CommandError(str(error), returncode=EXIT_USAGE)
+            raise CommandError(str(error), returncode=EXIT_USAGE) from error
         if as_json:
-            partial = getattr(error, "result", {})
-            self.stdout.write(self._object({**partial, "error": {"code": code, "message": str(error)}}))
+            partial = getattr(error, "result", None) or {}
+            told = {"code": code or "unexpected_error", "message": str(error) or type(error).__name__}
+            self.stdout.write(self._object({**partial, "error": told}))
+        if code is None:
+            raise error
         self.stderr.write(str(error))
         raise SystemExit(exit_code)
 
@@ -115,6 +120,14 @@ class AivoCommand(BaseCommand):
         return json.dumps(full, default=_plain, allow_nan=False)
 
 
+def _refusal_code(error: Exception) -> str | None:
+    """The stable code of an expected refusal; None for a fault of the program."""
+    if isinstance(error, FileNotFoundError):
+        return "file_not_found"
+    code = getattr(error, "code", None) if isinstance(error, DomainError | ValueError) else None
+    return code if isinstance(code, str) else None
+
+
 def _exit_code(error: Exception) -> int:
     if isinstance(error, UsageError):
         return EXIT_USAGE
@@ -122,8 +135,10 @@ def _exit_code(error: Exception) -> int:
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, UUID):
+    if isinstance(value, UUID | Path | Promise):
         return str(value)
-    if isinstance(value, datetime):
+    if isinstance(value, date):
         return value.isoformat()
+    if isinstance(value, np.generic):
+        return value.item()
     raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -76,8 +76,10 @@ def run_in_child(job: Job, *, token: UUID, deadline_seconds: float) -> None:
     exit_ = _supervised(job, token, deadline_seconds)
     if exit_.output:
         logger.info("job %s wrote:\n%s", job.id, exit_.output)
-    if exit_.stopped is not Stopped.LEASE_LOST:
-        lease.finish(job.id, token=token, ending=_ending(job, exit_, deadline_seconds))
+    if exit_.stopped is Stopped.LEASE_LOST:
+        return
+    if lease.finish(job.id, token=token, ending=_ending(exit_, deadline_seconds)):
+        logger.error("job %s: its process ended with %s before the job did", job.id, exit_.in_words())
 
 
 def run_leased(job_id: UUID, *, token: UUID, parent: int) -> None:
@@ -182,7 +184,7 @@ class _Supervision:
             _signal_group(self._process, signal.SIGTERM)
 
 
-def _ending(job: Job, exit_: ChildExit, deadline_seconds: float) -> Ending:
+def _ending(exit_: ChildExit, deadline_seconds: float) -> Ending:
     """What it means that a child ended; written only where the child has not written its own ending."""
     if exit_.stopped is Stopped.CANCEL:
         return Ending(JobState.CANCELLED, error_code="cancelled", error_message=_("Stopped by a signal."))
@@ -190,7 +192,6 @@ def _ending(job: Job, exit_: ChildExit, deadline_seconds: float) -> Ending:
         message = _("Stopped after %(seconds)d seconds, the longest time a job of this queue may take.")
         return Ending(JobState.FAILED, error_code="timeout", error_message=message % {"seconds": deadline_seconds})
     message = _("The job's process ended with %(how)s before the job did (SIGKILL: often the system ran out of memory).")
-    logger.error("job %s: its process ended with %s", job.id, exit_.in_words())
     return Ending(
         JobState.FAILED,
         error_code="child_died",
