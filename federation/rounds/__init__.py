@@ -1,0 +1,1 @@
+"""Rounds: who may contribute, what came in, how it becomes a version, and whether that version may serve."""

@@ -1,0 +1,144 @@
+"""The cohort: one contribution row per selected learner, and the delta that each row stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from uuid import UUID
+
+import numpy as np
+from django.db.models import Count, QuerySet
+
+from aivo_core.network import FloatArray, NetworkSpec
+from federation import strategies
+from federation.models import AggregationRound, Contribution, ModelTrainingSession, Verdict
+from federation.policies import RoundPolicy
+from federation.rounds.eligibility import LearnerVerdict
+from models_store import store
+from models_store.errors import StoreError
+from models_store.models import PersonalizedModel
+
+BLOCK = strategies.BLOCK_SIZE
+"""Learners that are read together, ordered by subject key: as many as the fold sums in one block."""
+
+
+class DamagedContribution(Exception):
+    """A delta that intake accepted cannot be read any more; ``code`` is the store's."""
+
+    def __init__(self, contribution: Contribution, error: StoreError) -> None:
+        super().__init__(str(error))
+        self.contribution = contribution
+        self.code = error.code
+
+
+def create_cohort(round_: AggregationRound, selected: Sequence[LearnerVerdict], policy: RoundPolicy) -> None:
+    """Write the contribution rows of the selected learners, with the sessions of the source ``sessions``.
+
+    Call within the transaction that moves the round on; a row that is there already stays.
+    """
+    rows = [_row(round_, verdict, policy) for verdict in selected]
+    Contribution.objects.bulk_create(rows, batch_size=500, ignore_conflicts=True)
+    ids = dict(Contribution.objects.filter(round=round_).values_list("subject_key", "id"))
+    through = Contribution.sessions.through
+    through.objects.bulk_create(
+        [
+            through(contribution_id=ids[verdict.subject_key], modeltrainingsession_id=session.id)
+            for verdict in selected
+            for session in verdict.sessions
+        ],
+        batch_size=500,
+        ignore_conflicts=True,
+    )
+
+
+def attach_session(contribution: Contribution, session: ModelTrainingSession) -> None:
+    """Make a session the round trained the one that a contribution stands for; again changes nothing."""
+    contribution.sessions.add(session)
+    Contribution.objects.filter(pk=contribution.pk, verdict=Verdict.PENDING).update(samples=session.samples)
+
+
+def pending_rows(round_: AggregationRound) -> QuerySet[Contribution]:
+    """Contributions without a verdict, ordered by subject key."""
+    return Contribution.objects.filter(round=round_, verdict=Verdict.PENDING).order_by("subject_key")
+
+
+def untrained_rows(round_: AggregationRound) -> QuerySet[Contribution]:
+    """Contributions without a verdict for which nothing was trained yet, ordered by subject key."""
+    return pending_rows(round_).annotate(trained=Count("sessions")).filter(trained=0)
+
+
+def models_to_train(round_: AggregationRound) -> QuerySet[PersonalizedModel]:
+    """Personalized models of the contributions for which nothing was trained yet, ordered by subject key."""
+    keys = untrained_rows(round_).values_list("subject_key", flat=True)
+    models = PersonalizedModel.objects.select_related("learner").filter(learner__subject_key__in=list(keys))
+    ordered: QuerySet[PersonalizedModel] = models.order_by("learner__subject_key")
+    return ordered
+
+
+def accepted_rows(round_: AggregationRound) -> QuerySet[Contribution]:
+    """Accepted contributions, ordered by subject key."""
+    return Contribution.objects.filter(round=round_, verdict=Verdict.ACCEPTED).order_by("subject_key")
+
+
+def blocks(rows: QuerySet[Contribution]) -> Iterator[list[Contribution]]:
+    """The rows in blocks of ``BLOCK``, their sessions read with them; each block is read when it is asked for.
+
+    The rows are fixed when the walk begins: what happens to them meanwhile does not move the blocks.
+    """
+    keys: list[UUID] = list(rows.values_list("pk", flat=True))
+    for start in range(0, len(keys), BLOCK):
+        part = Contribution.objects.filter(pk__in=keys[start : start + BLOCK]).order_by("subject_key")
+        yield list(part.prefetch_related("sessions__personalized_model__learner"))
+
+
+def sessions_of(contribution: Contribution) -> list[ModelTrainingSession]:
+    """The contribution's sessions in the order in which they were trained."""
+    return sorted(contribution.sessions.all(), key=lambda session: session.sequence)
+
+
+def read_contribution(contribution: Contribution, *, spec: NetworkSpec, discounts: Sequence[float]) -> FloatArray:
+    """The contribution's delta, (spec.tail_size,) float32: its sessions' deltas, each times its discount, summed.
+
+    Each session's delta is relative to where that session started, so that the sum is what the learner's own training
+    changed, whatever the main model did in between. Summed in float64 in the order of training.
+
+    Raises:
+        StoreError: a file is missing, damaged, or of another shape.
+        ValueError: not one discount per session.
+    """
+    sessions = sessions_of(contribution)
+    if len(sessions) == 1 and discounts[0] == 1.0:
+        return store.read_delta(path=sessions[0].delta_path, sha256=sessions[0].delta_sha256, spec=spec)
+    total = np.zeros(spec.tail_size, dtype=np.float64)
+    for session, discount in zip(sessions, discounts, strict=True):
+        delta = store.read_delta(path=session.delta_path, sha256=session.delta_sha256, spec=spec)
+        total += discount * delta.astype(np.float64)
+    return total.astype(np.float32)
+
+
+def read_accepted(contribution: Contribution, *, spec: NetworkSpec, discounts: Sequence[float]) -> FloatArray:
+    """As ``read_contribution``, of one that intake has read before.
+
+    Raises:
+        DamagedContribution: it cannot be read any more.
+    """
+    try:
+        return read_contribution(contribution, spec=spec, discounts=discounts)
+    except StoreError as error:
+        raise DamagedContribution(contribution, error) from error
+
+
+def staleness_discount(versions_behind: int, exponent: float) -> float:
+    """(1 + versions behind)^-a, in (0, 1] (Xie et al. 2019, "Asynchronous Federated Optimization", polynomial)."""
+    return float((1.0 + versions_behind) ** -exponent)
+
+
+def _row(round_: AggregationRound, verdict: LearnerVerdict, policy: RoundPolicy) -> Contribution:
+    behind = max((session.versions_behind for session in verdict.sessions), default=0)
+    return Contribution(
+        round=round_,
+        subject_key=verdict.subject_key,
+        # The same interactions come again in later sessions: the largest session counts, not their sum.
+        samples=max((session.samples for session in verdict.sessions), default=0),
+        versions_behind=behind,
+        discount=staleness_discount(behind, policy.staleness_exponent),
+    )

@@ -1,0 +1,117 @@
+"""Job kinds of this app: thin doors over its services."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from django.utils.translation import gettext_lazy as _
+
+from aivo_site.errors import UsageError
+from aivo_site.jobs.context import JobContext
+from aivo_site.jobs.registry import JobKind, register
+
+
+def _run_federated_aggregation(context: JobContext) -> Mapping[str, Any]:
+    from federation.rounds import service
+
+    params = _params(context, allowed=("overrides", "dry_run", "rebase"))
+    return _stoppable(
+        context,
+        lambda: service.aggregate(
+            overrides=params.get("overrides") or {},
+            dry_run=bool(params.get("dry_run", False)),
+            with_rebase=bool(params.get("rebase", True)),
+            job=context.job,
+            actor=_actor(context),
+            progress=context.progress,
+            should_stop=context.should_stop,
+        ),
+    )
+
+
+def _promote_main_model(context: JobContext) -> Mapping[str, Any]:
+    from federation.rounds import service
+
+    params = _params(context, allowed=("version", "reason", "rebase"))
+    return _stoppable(
+        context,
+        lambda: service.promote(
+            version=str(params.get("version") or ""),
+            reason=str(params.get("reason") or ""),
+            actor=_actor(context),
+            with_rebase=bool(params.get("rebase", True)),
+            again=context.job.starts > 1,
+            progress=context.progress,
+            should_stop=context.should_stop,
+        ),
+    )
+
+
+def _rollback_main_model(context: JobContext) -> Mapping[str, Any]:
+    from federation.rounds import service
+
+    params = _params(context, allowed=("version", "reason", "rebase"))
+    return _stoppable(
+        context,
+        lambda: service.roll_back(
+            version=str(params["version"]) if params.get("version") else None,
+            reason=str(params.get("reason") or ""),
+            actor=_actor(context),
+            with_rebase=bool(params.get("rebase", True)),
+            again=context.job.starts > 1,
+            progress=context.progress,
+            should_stop=context.should_stop,
+        ),
+    )
+
+
+def _rebase(context: JobContext) -> Mapping[str, Any]:
+    from federation.rounds import rebase
+    from models_store import versions
+
+    params = _params(context, allowed=("version",))
+    target = versions.resolve_version(str(params["version"])) if params.get("version") else versions.active_version()
+    return _stoppable(
+        context,
+        lambda: rebase.rebase_models(target=target, progress=context.progress, should_stop=context.should_stop).to_json(),
+    )
+
+
+def register_kinds() -> None:
+    """Make this app's job kinds known."""
+    register(
+        JobKind(
+            name="run_federated_aggregation",
+            label=_("Federated aggregation"),
+            run=_run_federated_aggregation,
+            queue="training",
+            child_process=True,
+        )
+    )
+    register(JobKind(name="promote_main_model", label=_("Promote a main model version"), run=_promote_main_model))
+    register(JobKind(name="rollback_main_model", label=_("Roll back to a main model version"), run=_rollback_main_model))
+    register(JobKind(name="rebase", label=_("Move learners' models to the active version"), run=_rebase))
+
+
+def _stoppable(context: JobContext, work: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Run ``work``; where it ended because the job was cancelled, the job ends so too."""
+    from federation.rounds.errors import RoundStopped
+
+    try:
+        return work()
+    except RoundStopped:
+        context.check_cancelled()
+        raise
+
+
+def _params(context: JobContext, *, allowed: tuple[str, ...]) -> Mapping[str, Any]:
+    unknown = sorted(set(context.params) - set(allowed))
+    if unknown:
+        raise UsageError(f"params may be {', '.join(allowed)}, not {', '.join(unknown)}", code="bad_params")
+    return context.params
+
+
+def _actor(context: JobContext) -> str:
+    user = context.job.requested_by
+    return user.get_username() if user is not None else context.job.kind
