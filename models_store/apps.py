@@ -7,6 +7,8 @@ class ModelsStoreConfig(AppConfig):
     verbose_name = _("Models")
 
     def ready(self) -> None:
+        from models_store import tasks
         from models_store.references import register_own_sources
 
         register_own_sources()
+        tasks.register_kinds()

@@ -35,16 +35,29 @@ class UnknownVersion(UsageError):
 class PreparationError(DomainError):
     """The curriculum cannot be prepared.
 
-    ``code``: ``no_curriculum_learners``, ``no_evaluation_learners``, ``too_few_learners``.
+    ``code``: ``no_curriculum_learners``, ``no_evaluation_learners``, ``too_few_learners``, or the encoder's (``bad_event``).
     """
 
     default_code = "no_curriculum_learners"
 
 
+class MainTrainingError(DomainError):
+    """The main model could not be trained; the code is the trainer's (``diverged``, ``no_samples``, ...)."""
+
+    default_code = "training_failed"
+
+
+class TrainingInterrupted(MainTrainingError):
+    """The training was asked to stop; what it has learnt so far is kept and gone on from."""
+
+    default_code = "stopped"
+
+
 class CloneError(DomainError):
     """A learner's model cannot be cloned or compared; the code is the reason.
 
-    ``code``: ``wrong_pool``, ``no_consent_training``, ``withdrawn``, ``already_cloned``, ``other_backend``, ``no_tail``.
+    ``code``: ``wrong_pool``, ``no_consent_training``, ``withdrawn``, ``already_cloned``, ``other_backend``, ``erased``,
+    ``no_tail``, ``no_samples``, ``different_architecture``, ``different_encoder``.
     """
 
     default_code = "already_cloned"

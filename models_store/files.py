@@ -15,6 +15,7 @@ from pathlib import Path
 from django.core.files.base import ContentFile
 from django.core.files.storage import FileSystemStorage, Storage, storages
 
+from aivo_site.environment import BASE_DIR
 from models_store import local_files
 from models_store.errors import StoreError
 from models_store.local_files import FoundFile
@@ -167,19 +168,26 @@ def list_files(*, alias: str) -> Iterator[FoundFile]:
 def name_below_root(*, alias: str, text: str) -> str | None:
     """The name below the storage's root that a path as a person writes it means, "" for the root, None outside of it.
 
-    A relative path is first taken from the current folder, as a shell would, then as a name in the store.
+    A relative path is first taken from the current folder, as a shell would, then from the product's own, as settings
+    are, then as a name in the store.
     """
     root = _local_root(storages[alias])
     if root is None:
         return text.strip("/")
     real_root = root.resolve()
     path = Path(text)
-    for candidate in [path] if path.is_absolute() else [path, real_root / path]:
-        resolved = candidate.resolve()
-        if resolved.is_relative_to(real_root) and (resolved.exists() or path.is_absolute()):
+    for base in (Path.cwd(), BASE_DIR, real_root):
+        resolved = (base / path).resolve()
+        if resolved.is_relative_to(real_root):
             name = resolved.relative_to(real_root).as_posix()
             return "" if name == "." else name
     return None
+
+
+def location(*, alias: str, path: str) -> str:
+    """Where a person finds a file: its full path for local files, else its name in the storage."""
+    root = _local_root(storages[alias])
+    return str(root / path) if root is not None else path
 
 
 def _local_root(storage: Storage) -> Path | None:

@@ -7,8 +7,8 @@ was begun and never finished leaves files without a row behind: a later try then
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,17 @@ class LoadedVersion:
     @property
     def weights_sha256(self) -> str:
         return str(self.manifest["files"][WEIGHTS]["sha256"])
+
+    def with_freeze_layers(self, freeze_layers: Sequence[str]) -> LoadedVersion:
+        """The same version with another end of its trunk: the tail of a clone that freezes more or fewer layers.
+
+        Raises:
+            NetworkError: the list is no prefix of the network.
+        """
+        if tuple(freeze_layers) == self.spec.freeze_layers:
+            return self
+        spec = self.spec.with_freeze_layers(freeze_layers)
+        return replace(self, spec=spec, tail=spec.flatten_tail(self.weights))
 
 
 def write_version_files(
