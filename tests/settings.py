@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="aivo-tests-"))
+(_FOLDER / "static").mkdir()
 
 os.environ.setdefault("SECRET_KEY", "only-for-tests-0123456789-abcdefghijklmnopqrstuvwxyz-ABCDEF")
 os.environ.setdefault("DATABASE_URL", f"sqlite:///{_FOLDER / 'tests.sqlite3'}")
 os.environ["AIVO_MAIN_MODEL_PATH"] = str(_FOLDER / "main-aivo")
 os.environ["AIVO_LEARNER_MODELS_PATH"] = str(_FOLDER / "learners")
+os.environ["AIVO_STATIC_ROOT"] = str(_FOLDER / "static")
 os.environ["ALLOWED_HOSTS"] = "testserver,127.0.0.1,localhost"
 os.environ["HTTPS"] = "false"
 os.environ["DEBUG"] = "false"
