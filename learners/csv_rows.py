@@ -105,7 +105,7 @@ class InteractionCsv:
         self.size = verify_readable(source)
         self.columns = _header(next(read_records(source), None))
         self._place = {name: self.columns.index(name) if name in self.columns else -1 for name in COLUMNS}
-        self._known_id = ""
+        self._known_id: str | None = None
 
     def rows(self) -> Iterator[ParsedRow | Reject]:
         """Yield one verdict per record after the header, in file order; memory does not grow with the file."""

@@ -42,7 +42,7 @@ def write_simulated_csv(
         try:
             # No name and no time inside, so that equal contents are equal files.
             packed = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else None
-            text = io.TextIOWrapper(packed or raw, encoding="utf-8", newline="", write_through=True)  # type: ignore[arg-type]
+            text = io.TextIOWrapper(packed or raw, encoding="utf-8", newline="", write_through=True)
             writer = csv.DictWriter(text, ROW_COLUMNS)
             writer.writeheader()
             for index in range(simulator.size):

@@ -5,16 +5,16 @@ only; everything is drawn from one seed, and a learner depends on its own number
 
 **Success.** Learner l answers item i of category c right at the first attempt with probability
 
-    P = g + (1 - g - s) * sigmoid(a * (theta_c(t) - b_i - h * (1 - R_c) - f * n - k))
+    P = g + (1 - g - s) M,   M = sigmoid(a * (theta_c(t) - b_i - h * (1 - R_c) - f * n - k))
 
 a four-parameter logistic item response (Barton and Lord 1981): guessing g, slips s, discrimination a = 1.4; b_i is the
 item's difficulty in logits, about 0.55 per level around level 5. R_c, the readiness, is the mean over the category's
-prerequisites of sigmoid(theta_p(t) + 1), 1 where there are none; h = 0.8. f is the fatigue per task, n the tasks of this
+prerequisites of sigmoid(theta_p(t) + 0.5), 1 where there are none; h = 1.2. f is the fatigue per task, n the tasks of this
 session so far; k is the cost of reading load for a learner with a reading need, times the subject's load.
 
 **Learning.** A task changes the skill by
 
-    theta_c <- min(4, theta_c(t) + eta * R_c * 4 P (1 - P) * (1 if right else 0.6))
+    theta_c <- min(4, theta_c(t) + eta * R_c * 4 M (1 - M) * (1 if right else 0.6))
 
 so most is learnt from tasks that are neither trivial nor hopeless (Vygotsky's zone of proximal development, in the form
 that Elo-like models use) and when the prerequisites are there. eta varies between learners around 0.18.

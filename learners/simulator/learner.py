@@ -15,7 +15,7 @@ from learners.simulator.profiles import GRADE_BANDS, LANGUAGES, NEED_PROFILES, N
 
 DISCRIMINATION = 1.4
 GUESS = 0.08
-UNREADINESS_COST = 0.8
+UNREADINESS_COST = 1.2
 HIGHEST_SKILL = 4.0
 LEARNT_FROM_ERROR = 0.6
 DAYS_TO_FORGET = 12.0
@@ -87,7 +87,7 @@ class SimulatedLearner:
         """
         found = self.curriculum.category(category)
         items = found.items_of_level(_checked_level(level))
-        return sum(self._probability(found, item) for item in items) / len(items)
+        return sum(self._probability(self._mastery(found, item)) for item in items) / len(items)
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 
@@ -126,8 +126,8 @@ class SimulatedLearner:
             One row of the canonical CSV: text, numbers, and ``occurred_at`` as ISO 8601 text in UTC.
         """
         category, item, rng = task.category, task.item, self._rng
-        probability = self._probability(category, item)
-        right = bool(rng.random() < probability)
+        mastery = self._mastery(category, item)
+        right = bool(rng.random() < self._probability(mastery))
         attempts = 1 if right else 2 + min(3, int(rng.poisson(0.6)))
         hints = 0 if right else int(rng.poisson(self.need.hint_rate))
         response = self._response_seconds(item, right)
@@ -147,7 +147,7 @@ class SimulatedLearner:
             "attempts": attempts,
             "session_id": f"s{self._session}",
         }
-        self._learn(category, probability, right)
+        self._learn(category, mastery, right)
         self._policy.saw(category, right)
         self._tasks_in_session += 1
         self._seconds += response * attempts + 3.0 + float(rng.exponential(8.0))
@@ -155,18 +155,21 @@ class SimulatedLearner:
 
     # --- Inside -------------------------------------------------------------------------------------------------------
 
-    def _probability(self, category: Category, item: Item) -> float:
+    def _probability(self, mastery: float) -> float:
+        return GUESS + (1.0 - GUESS - self.need.slip) * mastery
+
+    def _mastery(self, category: Category, item: Item) -> float:
+        """The chance of solving the item by skill alone, without guesses and slips."""
         need = self.need
         strain = UNREADINESS_COST * (1.0 - self._readiness(category))
         strain += need.fatigue * self._tasks_in_session + need.reading_cost * category.reading_load
-        logit = DISCRIMINATION * (self._skill(category.place) - item.difficulty - strain)
-        return GUESS + (1.0 - GUESS - need.slip) * _sigmoid(logit)
+        return _sigmoid(DISCRIMINATION * (self._skill(category.place) - item.difficulty - strain))
 
     def _readiness(self, category: Category) -> float:
         places = category.prerequisites
         if not places:
             return 1.0
-        return sum(_sigmoid(self._skill(place) + 1.0) for place in places) / len(places)
+        return sum(_sigmoid(self._skill(place) + 0.5) for place in places) / len(places)
 
     def _skill(self, place: int) -> float:
         learnt = self._learnt[place]
@@ -176,9 +179,9 @@ class SimulatedLearner:
         constant = DAYS_TO_FORGET * self.need.retention * math.sqrt(1.0 + self._practices[place])
         return self._brought[place] + learnt * math.exp(-days / constant)
 
-    def _learn(self, category: Category, probability: float, right: bool) -> None:
+    def _learn(self, category: Category, mastery: float, right: bool) -> None:
         place = category.place
-        gain = self._rate * self._readiness(category) * 4.0 * probability * (1.0 - probability)
+        gain = self._rate * self._readiness(category) * 4.0 * mastery * (1.0 - mastery)
         skill = self._skill(place) + gain * (1.0 if right else LEARNT_FROM_ERROR)
         self._learnt[place] = max(0.0, min(HIGHEST_SKILL, skill) - self._brought[place])
         self._practised_at[place] = self._seconds
