@@ -52,10 +52,9 @@ def write_simulated_csv(
                     right += row["score"]
                 if progress is not None:
                     progress(index + 1, simulator.size, "")
-            text.flush()
+            text.detach()  # flushed, and left open: the layers below are closed by whoever opened them
             if packed is not None:
                 packed.close()
-            text.detach()
             raw.flush()
             os.fsync(raw.fileno())
             temporary.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -30,7 +31,7 @@ class Simulator:
         seed: draws the learners; not negative.
         learners: how many, at least 1.
         curriculum: by default ``Curriculum()``, the same for every seed.
-        prefix: of the learner ids: letters, digits, dot, underscore, hyphen.
+        prefix: of the learner ids: 1 to 32 letters, digits, dots, underscores or hyphens, beginning with a letter or digit.
         start: first moment of the first learners; aware.
 
     Raises:
@@ -50,6 +51,8 @@ class Simulator:
             raise ValueError(f"seed must not be negative, but is {seed}")
         if learners < 1:
             raise ValueError(f"learners must be at least 1, not {learners}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", prefix):
+            raise ValueError("prefix: A-Z a-z 0-9 . _ - , at most 32, beginning with a letter or digit")
         self.seed = seed
         self.size = learners
         self.curriculum = curriculum or Curriculum()

@@ -246,6 +246,7 @@ def test_prerequisites_come_earlier_in_the_same_subject() -> None:
     [
         (lambda: Simulator(-1), "seed"),
         (lambda: Simulator(0, learners=0), "learners"),
+        (lambda: Simulator(0, prefix="../x"), "prefix"),
         (lambda: list(Simulator(0).rows(events=1)), "events"),
         (lambda: Curriculum(categories_per_subject=11), "categories_per_subject"),
         (lambda: Curriculum(items_per_level=0), "items_per_level"),

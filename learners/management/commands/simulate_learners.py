@@ -33,11 +33,13 @@ class Command(AivoCommand):
         out: Path = options["out"]
         if not out.parent.is_dir():
             raise UsageError(_("--out must name a file in a folder that exists, not %(path)s.") % {"path": out})
+        if options["events"] < 2:
+            raise UsageError(_("--events must be at least 2, not %(events)d.") % {"events": options["events"]})
         try:
             simulator = Simulator(options["seed"], learners=options["learners"], prefix=options["prefix"])
-            written = write_simulated_csv(simulator=simulator, events=options["events"], path=out, progress=progress)
         except ValueError as error:
             raise UsageError(str(error)) from error
+        written = write_simulated_csv(simulator=simulator, events=options["events"], path=out, progress=progress)
         seconds = round(time.monotonic() - started, 3)
         result = {
             "file": str(out),
