@@ -69,7 +69,7 @@ def _table(report: DemoReport) -> list[str]:
 def _main_lines(main: dict[str, Any]) -> list[str]:
     metrics, baselines = main["metrics"], main["baselines"]
     content = metrics["content"]
-    best = min((figures["log_loss"] for figures in baselines["content"].values() if figures.get("log_loss")), default=None)
+    best = min((figures["content"]["log_loss"] for figures in baselines.values() if "content" in figures), default=None)
     lines = [
         _("main model       next category right %(top1).1f %%, log loss %(loss).3f (best simple rule: %(best)s)")
         % {"top1": 100 * content["top1"], "loss": content["log_loss"], "best": f"{best:.3f}" if best else "-"}
