@@ -11,6 +11,8 @@ from aivo_site.errors import UsageError
 from aivo_site.jobs.context import JobContext
 from aivo_site.jobs.registry import JobKind, register
 
+TRAIN_LEARNER_MODELS = "train_learner_models"
+
 
 def _run_federated_aggregation(context: JobContext) -> Mapping[str, Any]:
     from federation.rounds import service
@@ -66,6 +68,28 @@ def _rollback_main_model(context: JobContext) -> Mapping[str, Any]:
     )
 
 
+def _train_learner_models(context: JobContext) -> Mapping[str, Any]:
+    from federation import local_training
+
+    params = _params(context, allowed=("learner_ids", "organisation", "limit", "overrides", "force"))
+    report = local_training.train_learners(
+        learners=local_training.learners_to_train(
+            learner_ids=params.get("learner_ids") or (),
+            organisation=params.get("organisation") or "",
+            limit=params.get("limit"),
+        ),
+        policy=local_training.training_policy(params.get("overrides")),
+        force=bool(params.get("force", False)),
+        actor=_actor(context),
+        progress=context.progress,
+        should_stop=context.should_stop,
+    )
+    if report.stopped:
+        context.check_cancelled()
+    report.require_work()
+    return report.to_json()
+
+
 def _rebase(context: JobContext) -> Mapping[str, Any]:
     from federation.rounds import rebase
     from models_store import versions
@@ -85,6 +109,15 @@ def register_kinds() -> None:
             name="run_federated_aggregation",
             label=_("Federated aggregation"),
             run=_run_federated_aggregation,
+            queue="training",
+            child_process=True,
+        )
+    )
+    register(
+        JobKind(
+            name=TRAIN_LEARNER_MODELS,
+            label=_("Train learners' own models"),
+            run=_train_learner_models,
             queue="training",
             child_process=True,
         )

@@ -1,0 +1,37 @@
+"""What local training refuses, and why; each error has a stable ``code``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from aivo_site.errors import DomainError, Skipped, UsageError
+
+
+class NothingToTrain(Skipped):
+    """No learner was trained, each left out with a reason; ``result`` has the counts.
+
+    ``code``: ``no_learners``, ``nothing_trained``.
+    """
+
+    default_code = "nothing_trained"
+
+    def __init__(self, message: str, *, code: str = "", result: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, code=code)
+        self.result = dict(result or {})
+
+
+class LocalTrainingError(DomainError):
+    """One learner's local training failed; the code says how."""
+
+    default_code = "training_failed"
+
+
+class ManagerError(UsageError):
+    """A configuration, update or path that the manager refuses; the message names the field and what is allowed.
+
+    ``code``: ``bad_config``, ``unknown_field``, ``privacy_not_available``, ``no_updates``, ``different_bases``,
+    ``duplicate_learner``, ``wrong_shape``, ``not_finite``, ``bad_path``, codes of ``StrategyError``.
+    """
+
+    default_code = "bad_config"
