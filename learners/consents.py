@@ -76,7 +76,7 @@ def record_consent(
     """Record one consent given or withdrawn, in one transaction with the learner's flag; ``learner`` is brought up to date.
 
     The same decision twice changes nothing. A withdrawal of what was never given is kept as a refusal. ``withdrawn_at`` is
-    the time of the latest withdrawal while any kind stands withdrawn.
+    the moment since which no consent is left after one was withdrawn or refused; any consent given clears it.
 
     Raises:
         ConsentError: ``unknown_kind``, ``authority_missing``, ``recorded_by_missing``, ``text_too_long``,
@@ -95,7 +95,7 @@ def record_consent(
         event = ConsentEvent.objects.create(
             subject_key=learner.subject_key, kind=kind, given=given, authority=authority, recorded_by=recorded_by, note=note
         )
-        _set_flags(learner, kind, given, others_refused=bool(refused - {kind}))
+        _set_flags(learner, kind, given)
         if not given:
             consent_withdrawn.send(sender=Learner, learner=learner, kind=kind)
         audit.record(
@@ -144,7 +144,8 @@ def give_consents(*, learners: Collection[Learner], consent: ConsentGiven) -> Bu
             flag = FLAG_OF_KIND[kind]
             withdrawn = {row.pk for row in rows if kind in refused[row.pk]}
             receiving = [row for row in rows if not getattr(row, flag) and row.pk not in withdrawn]
-            Learner.objects.filter(pk__in=[row.pk for row in receiving]).update(**{flag: True, "updated_at": timezone.now()})
+            changes = {flag: True, "withdrawn_at": None, "updated_at": timezone.now()}
+            Learner.objects.filter(pk__in=[row.pk for row in receiving]).update(**changes)
             events.extend(
                 ConsentEvent(
                     subject_key=row.subject_key,
@@ -176,23 +177,23 @@ def _refused_kinds(learners: Collection[Learner]) -> dict[UUID, set[str]]:
     }
 
 
-def _set_flags(learner: Learner, kind: ConsentKind, given: bool, *, others_refused: bool) -> None:
+def _set_flags(learner: Learner, kind: ConsentKind, given: bool) -> None:
     setattr(learner, FLAG_OF_KIND[kind], given)
-    if not given:
-        learner.withdrawn_at = timezone.now()
-    elif not others_refused:
+    if any(getattr(learner, flag) for flag in FLAG_OF_KIND.values()):
         learner.withdrawn_at = None
+    elif learner.withdrawn_at is None:
+        learner.withdrawn_at = timezone.now()
     learner.save(update_fields=[FLAG_OF_KIND[kind], "withdrawn_at", "updated_at"])
 
 
 def known_kind(kind: str) -> ConsentKind:
-    """The kind of this name.
+    """The kind of this name, in upper or lower case.
 
     Raises:
         ConsentError: ``unknown_kind``, with the kinds that exist.
     """
     try:
-        return ConsentKind(kind)
+        return ConsentKind(str(kind).upper())
     except ValueError:
         allowed = ", ".join(ConsentKind.values)
         message = _("Consent kind %(kind)r is unknown; allowed: %(allowed)s.") % {"kind": str(kind)[:40], "allowed": allowed}

@@ -32,7 +32,9 @@ def read_history(learner: Learner) -> list[Event]:
 def iter_histories(
     learners: QuerySet[Learner], *, learners_per_query: int = LEARNERS_PER_QUERY
 ) -> Iterator[tuple[Learner, list[Event]]]:
-    """Each learner with all its events in its order, learners by ``learner_id``; those without events come too.
+    """Each learner with all its events in its order; those without events come too.
+
+    Learners come in the queryset's order, by ``learner_id`` where it has none.
 
     The learners are fixed at the first step: one query for their keys, then two per ``learners_per_query`` of them. A learner
     who is erased meanwhile is left out.
@@ -42,7 +44,8 @@ def iter_histories(
     """
     if learners_per_query < 1:
         raise ValueError(f"learners_per_query must be at least 1, not {learners_per_query}")
-    keys = list(learners.order_by("learner_id").values_list("pk", flat=True))
+    ordered = learners if learners.ordered else learners.order_by("learner_id")
+    keys = list(ordered.values_list("pk", flat=True))
     for start in range(0, len(keys), learners_per_query):
         portion = keys[start : start + learners_per_query]
         found: dict[Any, Learner] = Learner.objects.in_bulk(portion)

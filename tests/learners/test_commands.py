@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -56,6 +55,8 @@ def test_import_prints_one_object_with_the_keys_of_the_contract(log: Path) -> No
     assert set(result) >= CONTRACT
     assert (result["rows_read"], result["rows_imported"], result["rows_rejected"]) == (3, 2, 1)
     assert result["rejected_by_reason"] == {"score_out_of_range": 1}
+    assert [(one["line"], one["reason"]) for one in result["first_rejects"]] == [(3, "score_out_of_range")]
+    assert "raw" not in result["first_rejects"][0]
     assert (result["learners"], result["consented"]) == (2, 2)
     assert result["rejects_file"] == f"{log}.rejects.csv"
     assert Path(result["rejects_file"]).is_file()
@@ -94,9 +95,11 @@ def test_rejects_go_to_the_current_folder_where_the_input_folder_is_closed(
 ) -> None:
     here = tmp_path_factory.mktemp("here")
     monkeypatch.chdir(here)
-    # The permission is asked for, and not tried by chmod: root may write everywhere.
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    result = run_json("import_interactions", log, "--pool", "federated")
+    tmp_path.chmod(0o500)
+    try:
+        result = run_json("import_interactions", log, "--pool", "federated")
+    finally:
+        tmp_path.chmod(0o700)
     assert Path(result["rejects_file"]).parent == here
     assert list(tmp_path.iterdir()) == [log]
 

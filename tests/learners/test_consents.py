@@ -83,15 +83,22 @@ def test_a_withdrawal_of_what_was_never_given_is_kept_as_a_refusal(learner: Lear
     assert given.holders == frozenset()
 
 
-def test_withdrawn_at_stands_while_any_kind_is_withdrawn(learner: Learner) -> None:
+def test_withdrawn_at_says_since_when_no_consent_is_left(learner: Learner) -> None:
     for kind in ConsentKind:
         decide(learner, kind, True)
+    decide(learner, ConsentKind.CONTRIBUTION, False)
+    decide(learner, ConsentKind.EXTERNAL_TRANSFER, False)
     assert Learner.objects.get().withdrawn_at is None
     decide(learner, ConsentKind.TRAINING, False)
-    decide(learner, ConsentKind.CONTRIBUTION, False)
-    decide(learner, ConsentKind.TRAINING, True)
     assert Learner.objects.get().withdrawn_at is not None
     decide(learner, ConsentKind.CONTRIBUTION, True)
+    assert Learner.objects.get().withdrawn_at is None
+
+
+def test_a_consent_given_with_an_import_clears_withdrawn_at_too(learner: Learner) -> None:
+    decide(learner, ConsentKind.CONTRIBUTION, False)
+    assert Learner.objects.get().withdrawn_at is not None
+    give_consents(learners=[learner], consent=BOTH)
     assert Learner.objects.get().withdrawn_at is None
 
 
@@ -161,6 +168,10 @@ def test_a_consent_without_authority_or_of_unknown_kind_is_refused(learner: Lear
         record_consent(**{**good, **values})
     assert caught.value.code == code
     assert not ConsentEvent.objects.exists()
+
+
+def test_a_kind_may_be_written_in_lower_case() -> None:
+    assert ConsentGiven(("training", "TRAINING"), "guardian", "import").kinds == (ConsentKind.TRAINING,)  # type: ignore[arg-type]
 
 
 def test_an_unknown_kind_is_answered_with_the_kinds_that_exist() -> None:

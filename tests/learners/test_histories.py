@@ -64,6 +64,13 @@ def test_many_learners_come_in_the_order_of_their_ids_each_with_its_own_events()
         assert events == read_history(learner)
 
 
+def test_the_order_of_the_queryset_is_kept_and_without_one_it_is_by_id() -> None:
+    imported(*(f"kid-{learner},1,,a,p,1" for learner in (2, 3, 1)))
+    backwards = Learner.objects.order_by("-learner_id")
+    assert [learner.learner_id for learner, _ in iter_histories(backwards)] == ["kid-3", "kid-2", "kid-1"]
+    assert [learner.learner_id for learner, _ in iter_histories(Learner.objects.order_by())] == ["kid-1", "kid-2", "kid-3"]
+
+
 def test_the_portion_changes_nothing_but_the_number_of_queries(django_assert_num_queries: Any) -> None:
     imported(*(f"kid-{learner},{seq},,a,p,1" for learner in range(10) for seq in range(3)))
     with django_assert_num_queries(1 + 2 * 1):

@@ -50,7 +50,7 @@ class Command(AivoCommand):
             rejects_file=options["rejects_file"] or _rejects_place(options["file"], dry_run=options["dry_run"]),
             progress=progress,
         )
-        return Outcome(asdict(report), _lines(report, options["consent"]), _exit_code(report))
+        return Outcome(_result(report), _lines(report, options["consent"]), _exit_code(report))
 
 
 def _consent(kinds: str | None, authority: str) -> ConsentGiven | None:
@@ -59,7 +59,7 @@ def _consent(kinds: str | None, authority: str) -> ConsentGiven | None:
             raise UsageError(_("--authority says who gave the consents named by --consent; name them."))
         return None
     try:
-        names = tuple(known_kind(name.strip().upper()) for name in kinds.split(",") if name.strip())
+        names = tuple(known_kind(name.strip()) for name in kinds.split(",") if name.strip())
         return ConsentGiven(names, authority, "import_interactions")
     except ConsentError as error:
         raise UsageError(f"--consent, --authority: {error}", code=error.code) from error
@@ -69,8 +69,19 @@ def _rejects_place(file: Path, *, dry_run: bool) -> Path | None:
     """Beside the input, or in the current folder where that one cannot be written; a dry run writes none unasked."""
     if dry_run:
         return None
-    folder = file.parent if os.access(file.parent, os.W_OK) else Path.cwd()
+    folder = file.parent if _open_to_writing(file.parent) else Path.cwd()
     return folder / f"{file.name}.rejects.csv"
+
+
+def _open_to_writing(folder: Path) -> bool:
+    """A folder without any write bit is meant to stay as it is, even where the superuser could write."""
+    return folder.is_dir() and os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
+
+
+def _result(report: ImportReport) -> dict[str, Any]:
+    """The report without the text of refused rows: what is printed ends up in logs."""
+    shown = [{"line": one.line, "reason": one.reason, "message": one.message} for one in report.first_rejects]
+    return {**asdict(report), "first_rejects": shown}
 
 
 def _exit_code(report: ImportReport) -> int:

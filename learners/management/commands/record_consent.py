@@ -71,7 +71,7 @@ def _kinds(names: str) -> list[Any]:
     if names.strip().lower() == "all":
         names = "training,contribution,external_transfer"
     try:
-        kinds = [known_kind(name.strip().upper()) for name in names.split(",") if name.strip()]
+        kinds = [known_kind(name.strip()) for name in names.split(",") if name.strip()]
     except ConsentError as error:
         raise UsageError(str(error), code=error.code) from error
     if not kinds:
