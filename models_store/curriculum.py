@@ -14,11 +14,11 @@ from django.db import transaction
 from django.db.models import Count, QuerySet
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
-from learners.histories import iter_histories
 
 from aivo_core.encoding.events import Event
 from aivo_core.encoding.tables import MIN_LEARNERS
 from aivo_site.audit.services import record
+from learners.histories import iter_histories
 from learners.models import Learner, Pool
 from models_store.errors import PreparationError
 
@@ -62,6 +62,12 @@ def shared_model_learners(pool: Pool) -> QuerySet[Any]:
     return learners.order_by("learner_id")
 
 
+def learners_with_samples(pool: Pool) -> QuerySet[Any]:
+    """Those of ``shared_model_learners`` who have at least one sample."""
+    counted: QuerySet[Any] = shared_model_learners(pool).annotate(events=Count("interactions")).filter(events__gte=MIN_EVENTS)
+    return counted
+
+
 def excluded_learners(pool: Pool) -> dict[str, int]:
     """How many learners of a pool are left out, by reason."""
     withdrawn = Learner.objects.filter(pool=pool).exclude(withdrawn_at=None).count()
@@ -70,15 +76,17 @@ def excluded_learners(pool: Pool) -> dict[str, int]:
 
 
 def set_aside_evaluation(*, actor: str) -> int:
-    """Where the evaluation pool is empty, move a tenth of the curriculum learners there; how many were moved.
+    """Where nobody is in the evaluation pool, move a tenth of the curriculum learners there; how many were moved.
+
+    A pool of learners who may not be read is not filled up: whoever put them there must know that consent is missing.
 
     Raises:
         PreparationError: ``no_curriculum_learners``, ``too_few_learners``.
     """
-    if shared_model_learners(Pool.EVALUATION).exists():
+    if Learner.objects.filter(pool=Pool.EVALUATION).exists():
         return 0
     with transaction.atomic():
-        candidates = list(_with_events(shared_model_learners(Pool.CURRICULUM)).values_list("pk", "learner_id", "subject_key"))
+        candidates = list(learners_with_samples(Pool.CURRICULUM).values_list("pk", "learner_id", "subject_key"))
         _check_enough(len(candidates), needed=MIN_LEARNERS + 2)
         wanted = max(1, round(EVALUATION_SHARE * len(candidates)))
         chosen = sorted(candidates, key=lambda row: _hash("evaluation", row[1]))[:wanted]
@@ -123,11 +131,6 @@ def _validation_ids(learner_ids: Sequence[str]) -> frozenset[str]:
 def _hash(purpose: str, learner_id: str) -> int:
     """Uniform in [0, 2^64), independent between purposes."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{learner_id}".encode()).digest()[:8], "big")
-
-
-def _with_events(learners: QuerySet[Any]) -> QuerySet[Any]:
-    counted: QuerySet[Any] = learners.annotate(events=Count("interactions")).filter(events__gte=MIN_EVENTS)
-    return counted
 
 
 def _check_enough(found: int, *, needed: int) -> None:

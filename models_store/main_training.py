@@ -22,8 +22,9 @@ from aivo_core.samples import Samples, concatenate
 from aivo_site.errors import UsageError
 from learners.models import Pool
 from models_store.baselines import Baselines, fit_baselines
-from models_store.curriculum import shared_model_learners
+from models_store.curriculum import learners_with_samples
 from models_store.errors import MainTrainingError, TrainingInterrupted, VersionConflict
+from models_store.learning_data import gather
 from models_store.main_evaluation import choose_content_mix, evaluate_on_pool, no_evaluation_learners
 from models_store.model_card import CardContent, model_card
 from models_store.models import MainModelVersion, VersionOrigin, VersionStatus
@@ -109,7 +110,7 @@ def train_main(
     total = epochs + STEPS_AROUND
     report(0, total, _("preparing the curriculum"))
     prepared = prepare_for_training(actor=actor)
-    if not shared_model_learners(Pool.EVALUATION).exists():
+    if not learners_with_samples(Pool.EVALUATION).exists():
         raise no_evaluation_learners()
     fingerprint = training_fingerprint(prepared, trainer)
     row = reserve_version(
@@ -196,7 +197,8 @@ class _Run:
 
     def _training_data(self) -> TrainingData:
         fitted, data = self._prepared.fitted, self._prepared.data
-        training = concatenate([fitted.training_samples(history.learner_id, history.events) for history in data.training])
+        count = sum(len(history.events) - 1 for history in data.training)
+        training = gather((fitted.training_samples(history.learner_id, history.events) for history in data.training), count)
         self._validation = [fitted.encoder.encode(history.events)[0] for history in data.validation]
         self._training_samples = len(training)
         return TrainingData(training=training, validation=concatenate(self._validation))

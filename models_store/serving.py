@@ -178,7 +178,7 @@ def _main(active: MainModelVersion, note: str = "") -> tuple[LoadedVersion, Fold
     loaded = load_version(active)
     key = (loaded.weights_sha256, loaded.spec.frozen_blocks, "", 0.0)
     network = _networks.get_or_make(key, lambda: FoldedNetwork(folded_trunk(loaded), folded_tail(loaded, loaded.tail)))
-    return loaded, network, ServedBy(ServingChoice.MAIN, 0.0, loaded.version, note=note)
+    return loaded, network, ServedBy(ServingChoice.MAIN.value, 0.0, loaded.version, note=note)
 
 
 def _personal_network(model: PersonalizedModel, loaded: LoadedVersion) -> FoldedNetwork:
@@ -249,7 +249,7 @@ def _by_curriculum(learner: Learner, loaded: LoadedVersion, target: float) -> Re
         path_probability=None,
         difficulty=None,
         path_probabilities=None,
-        served_by=ServedBy(ServingChoice.MAIN, 0.0, loaded.version),
+        served_by=ServedBy(ServingChoice.MAIN.value, 0.0, loaded.version),
         why=(),
     )
 
