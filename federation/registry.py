@@ -93,7 +93,7 @@ class ModelRegistry:
         """
         active = MainModelVersion.objects.filter(status=VersionStatus.ACTIVE).first()
         if active is not None:
-            store.load_version(active)
+            _check_files(active.model_path, store.read_manifest(model_path=active.model_path, sha256=active.manifest_sha256))
         return self
 
     def register_main_model(
@@ -130,6 +130,7 @@ class ModelRegistry:
             return existing
         manifest = store.read_manifest(model_path=folder, sha256=sha256)
         _check_manifest(manifest, version, architecture)
+        _check_files(folder, manifest)
         return _register(version, folder, sha256, manifest, training_metrics or {})
 
     def register_learner_model(
@@ -260,6 +261,12 @@ def _check_manifest(manifest: Mapping[str, Any], version: str, architecture: Map
         raise RegistryError(_("architecture is not the one in the manifest of version %s") % version, code="not_matching")
 
 
+def _check_files(folder: str, manifest: Mapping[str, Any]) -> None:
+    """Read every file that the manifest names, past the versions that this process holds in memory already."""
+    for name, entry in manifest["files"].items():
+        store.read_file(alias=store.MAIN_MODELS, path=f"{folder}/{name}", sha256=str(entry["sha256"]))
+
+
 def _register(
     version: str, folder: str, sha256: str, manifest: Mapping[str, Any], training_metrics: Mapping[str, Any]
 ) -> MainModelVersion:
@@ -276,7 +283,7 @@ def _register(
             status=VersionStatus.CANDIDATE,
             origin=VersionOrigin.IMPORTED,
         )
-        # Reads every file with its checksum: a version that cannot be read is not registered.
+        # A version that cannot be decoded is not registered.
         store.load_version(row)
         data = {"version": version, "path": folder}
         audit.record(action="version.registered", actor=ACTOR, object_type="MainModelVersion", object_id=str(row.pk), data=data)

@@ -10,6 +10,7 @@ from django.utils.translation import gettext as _
 from aivo_core.network import FloatArray
 from federation.models import AggregationRound, RoundAttempt
 from federation.policies import RoundPolicy
+from federation.rounds.errors import RoundFailed
 from models_store import store, versions
 from models_store.models import MainModelVersion, VersionOrigin, VersionStatus
 from models_store.store import LoadedVersion
@@ -19,9 +20,17 @@ def candidate_tail(base: LoadedVersion, aggregate: FloatArray, server_learning_r
     """Base tail + server learning rate times the aggregate, (tail_size,) float32; trunk and statistics are not touched.
 
     Computed in float64 and rounded once.
+
+    Raises:
+        RoundFailed: ``not_finite``: the moved tail does not fit into float32.
     """
-    moved = base.tail.astype(np.float64) + server_learning_rate * aggregate.astype(np.float64)
-    return moved.astype(np.float32)
+    with np.errstate(over="ignore"):
+        moved = (base.tail.astype(np.float64) + server_learning_rate * aggregate.astype(np.float64)).astype(np.float32)
+    if not np.isfinite(moved).all():
+        raise RoundFailed(
+            _("The update moves the tail beyond what float32 holds: lower the server learning rate."), code="not_finite"
+        )
+    return moved
 
 
 def reserve_candidate(round_: AggregationRound) -> MainModelVersion:
@@ -51,8 +60,6 @@ def publish_candidate(
 
     Nothing in the files depends on the time, so that doing it again gives the same bytes.
 
-    Raises:
-        StoreError: ``bad_file``: the moved tail is not finite.
     """
     row = round_.candidate_version
     if row is None:

@@ -112,7 +112,8 @@ def read_contribution(contribution: Contribution, *, spec: NetworkSpec, discount
     for session, discount in zip(sessions, discounts, strict=True):
         delta = store.read_delta(path=session.delta_path, sha256=session.delta_sha256, spec=spec)
         total += discount * delta.astype(np.float64)
-    return total.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return total.astype(np.float32)  # a sum beyond float32 is infinite: intake refuses what is not finite
 
 
 def read_accepted(contribution: Contribution, *, spec: NetworkSpec, discounts: Sequence[float]) -> FloatArray:

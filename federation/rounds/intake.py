@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
+import numpy as np
 from django.db.models import Count, TextChoices
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
@@ -234,6 +235,8 @@ def _inspect_delta(contribution: Contribution, context: IntakeContext) -> Findin
     except StoreError as error:
         cause = error.__cause__
         return Finding(cause.code if isinstance(cause, TensorFileError) else error.code, str(error))
+    if not np.isfinite(delta).all():
+        return Finding(Refusal.NOT_FINITE, _label(Refusal.NOT_FINITE))
     norm = global_norm(delta)
     if norm > context.policy.max_delta_norm:
         return Finding(Refusal.NORM_TOO_LARGE, _label(Refusal.NORM_TOO_LARGE), norm)
@@ -260,5 +263,8 @@ def _erased_or_refused(contribution: Contribution, learners: Mapping[UUID, Learn
 
 
 def _label(code: str) -> str:
-    known = Refusal if code in Refusal.values else Exclusion
-    return str(known(code).label)
+    """The code in words; codes of engines and encoders are words of their own."""
+    for known in (Refusal, Exclusion):
+        if code in known.values:
+            return str(known(code).label)
+    return code

@@ -152,7 +152,8 @@ def moved_tail(new: LoadedVersion, old_tail: FloatArray, tail: FloatArray, facto
     if factor == 0.0:
         return new.tail
     moved = new.tail.astype(np.float64) + factor * (tail.astype(np.float64) - old_tail.astype(np.float64))
-    return moved.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return moved.astype(np.float32)
 
 
 class _Bases:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -71,11 +72,16 @@ def make_world(
     *, learners: int = 6, evaluators: int = 12, events: int = EVENTS, sessions: bool = True, policy: Any = None
 ) -> World:
     """An active version, federated learners with a clone and a personal session, and evaluation learners."""
-    set_policy(min_samples=5, **(policy or {}))
+    set_policy(**{"min_samples": 5, **(policy or {})})
     version = make_version()
-    people = [with_model(make_learner(f"fed-{i}"), version, seed=i, events=events, session=sessions) for i in range(learners)]
-    judges = [with_events(make_learner(f"eval-{i}", pool=Pool.EVALUATION), 100 + i, events) for i in range(evaluators)]
+    people = [with_model(person(f"fed-{i}"), version, seed=i, events=events, session=sessions) for i in range(learners)]
+    judges = [with_events(person(f"eval-{i}", pool=Pool.EVALUATION), 100 + i, events) for i in range(evaluators)]
     return World(version, people, judges)
+
+
+def person(learner_id: str, **fields: Any) -> Learner:
+    """A learner whose subject key, and with it every seed, is the same in each run."""
+    return make_learner(learner_id, subject_key=uuid.uuid5(uuid.NAMESPACE_OID, learner_id), **fields)
 
 
 def set_policy(**values: Any) -> FederationPolicy:
