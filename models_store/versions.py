@@ -189,10 +189,11 @@ def resolve_version(text: str) -> MainModelVersion:
         UnknownVersion: none; the message lists the newest.
         NoMainModel: the store's own path, and no version is active.
     """
-    row = MainModelVersion.objects.filter(version=text).first()
+    usable = bool(text) and "\0" not in text
+    row = MainModelVersion.objects.filter(version=text).first() if usable else None
     if row is not None:
         return row
-    name = name_below_root(alias=MAIN_MODELS, text=text) if text and "\0" not in text else None
+    name = name_below_root(alias=MAIN_MODELS, text=text) if usable else None
     if name == "":
         return active_version()
     if name is not None:

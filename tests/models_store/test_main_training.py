@@ -18,6 +18,7 @@ from models_store.errors import MainTrainingError, PreparationError, TrainingInt
 from models_store.main_training import MainTrainingReport, train_main
 from models_store.models import MainModelVersion, VersionStatus
 from models_store.verification import verify_store
+from models_store.versions import publish
 from tests.models_store.factories import add_events, events_of, make_learner
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -116,6 +117,20 @@ def test_a_version_whose_activation_was_cut_off_is_made_active_by_the_next_run(m
     assert MainModelVersion.objects.get().status == VersionStatus.CANDIDATE
     report = train()
     assert (report.created, report.row.status) == (False, VersionStatus.ACTIVE)
+
+
+@pytest.mark.usefixtures("curriculum")
+def test_of_two_processes_with_the_same_training_the_second_returns_the_version_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def publish_after_another(**options: Any) -> None:
+        publish(**{**options, "row": MainModelVersion.objects.get()})
+        publish(**options)
+
+    monkeypatch.setattr("models_store.main_training.publish", publish_after_another)
+    report = train()
+    assert (report.created, report.row.version, report.row.status) == (False, "aivo-main-v1", VersionStatus.ACTIVE)
+    assert MainModelVersion.objects.count() == 1
 
 
 @pytest.mark.usefixtures("curriculum")
