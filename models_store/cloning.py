@@ -244,8 +244,9 @@ class ModelCloner:
                 raise CloneError(
                     _("Learner %(id)s was not cloned: %(reason)s.") % {"id": learner_id, "reason": reason}, code=reason
                 )
-        model = PersonalizedModel.objects.select_related("source_version", "learner").get(learner=learner)
-        same = model.source_version_id == version.pk and clones.base_of(model).spec == base.spec
+        model = PersonalizedModel.objects.get(learner=learner)
+        frozen = tuple(model.metadata.get("freeze_layers", ()))
+        same = model.source_version_id == version.pk and frozen == base.spec.freeze_layers
         if not report.cloned and not same:
             message = _("Learner %(id)s has a clone of another version or with other frozen layers already.")
             raise CloneError(message % {"id": learner_id}, code="already_cloned")

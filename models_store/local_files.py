@@ -38,19 +38,25 @@ class FoundFile:
 
 
 def write_new(root: Path, files: Sequence[tuple[str, bytes]]) -> list[bool]:
-    """Create files, all of them durable on return; False for one whose name was taken, which stays as it is."""
+    """Create files, all of them durable on return; False for one whose name was taken, which stays as it is.
+
+    All are written before the first is synchronised, and all are named before the first folder is: the file system then
+    commits many of them at once.
+    """
     temporary: list[tuple[Path, Path]] = []
     folders: set[Path] = set()
     try:
         for name, data in files:
             target = _target(root, name, folders)
-            temporary.append((_write_temporary(target.parent, data), target))
+            source = _temporary_name(target.parent)
+            temporary.append((source, target))
+            _write(source, data)
+        _sync(source for source, _ in temporary)
         created = [_give_new_name(source, target) for source, target in temporary]
-        folders.update(target.parent for _, target in temporary)
-        _sync_folders(folders)
     finally:
         for source, _ in temporary:
             source.unlink(missing_ok=True)
+    _sync({*folders, *(target.parent for _, target in temporary)})
     return created
 
 
@@ -58,13 +64,15 @@ def replace(root: Path, name: str, data: bytes) -> None:
     """Write a file, whether or not one of that name is there."""
     folders: set[Path] = set()
     target = _target(root, name, folders)
-    source = _write_temporary(target.parent, data)
+    source = _temporary_name(target.parent)
     try:
+        _write(source, data)
+        _sync([source])
         source.replace(target)
     except BaseException:
         source.unlink(missing_ok=True)
         raise
-    _sync_folders({target.parent, *folders})
+    _sync({target.parent, *folders})
 
 
 def read(root: Path, name: str, *, max_bytes: int) -> bytes:
@@ -147,18 +155,14 @@ def _target(root: Path, name: str, new_folders: set[Path]) -> Path:
     return target
 
 
-def _write_temporary(folder: Path, data: bytes) -> Path:
-    path = folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+def _temporary_name(folder: Path) -> Path:
+    return folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+
+
+def _write(path: Path, data: bytes) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return path
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
 
 
 def _give_new_name(source: Path, target: Path) -> bool:
@@ -188,9 +192,10 @@ def _resolve_inside(root: Path, name: str) -> Path:
     return real
 
 
-def _sync_folders(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(paths: Iterable[Path]) -> None:
+    """Wait until files are on the disk, or the names in folders are."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(handle)
         finally:
