@@ -17,9 +17,12 @@ from models_store import store
 from models_store.errors import MainTrainingError, PreparationError, TrainingInterrupted
 from models_store.main_training import MainTrainingReport, train_main
 from models_store.models import MainModelVersion, VersionStatus
+from models_store.training import MainModelTrainer, TrainingData
 from models_store.verification import verify_store
+from models_store.version_writer import version_writer
 from models_store.versions import publish
-from tests.models_store.factories import add_events, events_of, make_learner
+from tests.models_store.factories import add_events, events_of, make_learner, small_fit
+from tests.synthetic_samples import make_samples
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -150,6 +153,18 @@ def test_a_training_that_diverges_is_an_error_with_its_reason(monkeypatch: pytes
         train(learning_rate=1e30)
     assert caught.value.code == "diverged"
     assert MainModelVersion.objects.get().status == VersionStatus.TRAINING
+
+
+def test_a_model_trained_by_hand_is_saved_as_a_new_candidate() -> None:
+    trainer = MainModelTrainer(input_dim=256, hidden_layers=HIDDEN, learning_rate=1e-3, epochs=1, batch_size=64)
+    samples = make_samples(trainer.spec, 60, 1)
+    result = trainer.train(TrainingData(training=samples, validation=make_samples(trainer.spec, 30, 2)))
+    row = trainer.save_model(result, version_writer(encoder=small_fit().encoder))
+    assert (row.version, row.status, row.training_metrics["epochs"]) == ("aivo-main-v1", VersionStatus.CANDIDATE, 1)
+    assert store.load_version(row).weights["content_output/bias"].tobytes() == result.weights["content_output/bias"].tobytes()
+    again = trainer.save_model(result, version_writer(encoder=small_fit().encoder, parent=row))
+    assert (again.version, again.parent) == ("aivo-main-v2", row)
+    assert verify_store().is_sound
 
 
 @pytest.mark.parametrize("options", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"seed": -1}])
