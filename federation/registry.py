@@ -6,7 +6,7 @@ and with the checksums that its manifest names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -103,6 +103,8 @@ class ModelRegistry:
         model_path: str,
         training_metrics: Mapping[str, Any] | None = None,
         architecture: Mapping[str, Any] | None = None,
+        created_at: datetime | None = None,
+        federated_updates: Sequence[Any] = (),
     ) -> MainModelVersion:
         """Make a version whose files lie in the main store known, as a CANDIDATE; registering it again changes nothing.
 
@@ -111,12 +113,16 @@ class ModelRegistry:
             model_path: folder of the version inside the store.
             training_metrics: kept beside the manifest's own figures.
             architecture: checked against the manifest's where given.
+            created_at: aware; when the model was made elsewhere, kept in the row's metadata.
+            federated_updates: must be empty: only rounds record updates.
 
         Raises:
-            UsageError: ``bad_path``: outside the store.
+            UsageError: ``bad_path``: outside the store; ``bad_time``; ``not_recorded_here`` for updates.
             StoreError: a file is missing or damaged.
             RegistryError: ``already_registered`` with other files; ``not_matching``: another version or architecture.
         """
+        _refuse_history("federated_updates", federated_updates)
+        made_at = _iso("created_at", created_at)
         folder = name_below_root(alias=store.MAIN_MODELS, text=model_path) if model_path and "\0" not in model_path else None
         if not folder:
             text = _("model_path must be a folder inside the main model store, not %s")
@@ -131,7 +137,7 @@ class ModelRegistry:
         manifest = store.read_manifest(model_path=folder, sha256=sha256)
         _check_manifest(manifest, version, architecture)
         _check_files(folder, manifest)
-        return _register(version, folder, sha256, manifest, training_metrics or {})
+        return _register(version, folder, sha256, manifest, training_metrics or {}, made_at)
 
     def register_learner_model(
         self,
@@ -141,6 +147,8 @@ class ModelRegistry:
         source_version: str,
         performance_metrics: Mapping[str, Any] | None = None,
         status: str = "active",
+        cloned_at: datetime | None = None,
+        training_history: Sequence[Any] = (),
     ) -> PersonalizedModel:
         """Make a tail that lies in the learner's folder the learner's own; registering the same one again changes nothing.
 
@@ -149,13 +157,16 @@ class ModelRegistry:
             source_version: the main version that the tail is relative to.
             performance_metrics: numbers by name; added to what was measured.
             status: ``active``; ``training`` and ``pending`` register the row without making it serve.
+            cloned_at: aware; when the clone was made elsewhere. training_history: must be empty: only training records it.
 
         Raises:
             UsageError: unknown learner, version or status; a path that is not in the learner's folder; metrics that are no
-                numbers.
+                numbers; a time without zone; a history.
             StoreError: the file is missing or no tail of that version.
             RegistryError: ``not_matching``: the learner may have no model (consent, pool).
         """
+        _refuse_history("training_history", training_history)
+        cloned = _iso("cloned_at", cloned_at)
         learner = _learner(learner_id)
         version = versions.resolve_version(source_version)
         if status not in LEARNER_STATUSES:
@@ -165,7 +176,7 @@ class ModelRegistry:
             )
         metrics = _numbers(performance_metrics or {})
         stored = _tail_of(learner, model_path, version)
-        return _register_tail(learner, stored, version, PersonalizedModelStatus[status.upper()], metrics)
+        return _register_tail(learner, stored, version, PersonalizedModelStatus[status.upper()], metrics, cloned)
 
     def get_eligible_for_aggregation(self, days: int | None = None) -> list[RegisteredLearner]:
         """Learners who may contribute to a round now, by the rule that rounds use.
@@ -230,7 +241,7 @@ def _describe(model: PersonalizedModel) -> RegisteredLearner:
         model_path=model.weights_path,
         source_version=None if model.source_version is None else model.source_version.version,
         status=str(model.status),
-        cloned_at=model.created_at,
+        cloned_at=datetime.fromisoformat(model.metadata["cloned_at"]) if "cloned_at" in model.metadata else model.created_at,
         last_trained_at=model.last_trained_at,
         training_history=[_describe_session(session) for session in sessions],
         performance_metrics=dict(model.performance_metrics),
@@ -268,7 +279,7 @@ def _check_files(folder: str, manifest: Mapping[str, Any]) -> None:
 
 
 def _register(
-    version: str, folder: str, sha256: str, manifest: Mapping[str, Any], training_metrics: Mapping[str, Any]
+    version: str, folder: str, sha256: str, manifest: Mapping[str, Any], training_metrics: Mapping[str, Any], made_at: str
 ) -> MainModelVersion:
     with transaction.atomic():
         row = MainModelVersion.objects.create(
@@ -282,6 +293,7 @@ def _register(
             training_metrics={**manifest["metrics"], **training_metrics},
             status=VersionStatus.CANDIDATE,
             origin=VersionOrigin.IMPORTED,
+            metadata={"created_at": made_at} if made_at else {},
         )
         # A version that cannot be decoded is not registered.
         store.load_version(row)
@@ -330,6 +342,7 @@ def _register_tail(
     version: MainModelVersion,
     status: PersonalizedModelStatus,
     metrics: Mapping[str, float],
+    cloned_at: str,
 ) -> PersonalizedModel:
     with transaction.atomic():
         model: PersonalizedModel
@@ -342,6 +355,8 @@ def _register_tail(
             model.weights_path, model.weights_sha256, model.source_version = stored.path, stored.sha256, version
             model.backend = Backend.FEDERATED
             model.metadata = {**model.metadata, "freeze_layers": list(store.load_version(version).spec.freeze_layers)}
+        if cloned_at:
+            model.metadata = {**model.metadata, "cloned_at": cloned_at}
         model.status = status
         model.performance_metrics = {**model.performance_metrics, **metrics}
         model.save()
@@ -355,6 +370,19 @@ def _register_tail(
                 data=data,
             )
     return model
+
+
+def _refuse_history(name: str, given: Sequence[Any]) -> None:
+    if given:
+        raise UsageError(_("%s must be empty: it is recorded where it happens, not registered.") % name, code="not_recorded_here")
+
+
+def _iso(name: str, moment: datetime | None) -> str:
+    if moment is None:
+        return ""
+    if moment.tzinfo is None:
+        raise UsageError(_("%s must have a time zone.") % name, code="bad_time")
+    return moment.isoformat()
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
