@@ -282,6 +282,7 @@ def _training_config(values: LocalModelConfig) -> LocalTrainingConfig:
             _("noise_multiplier must be 0 or None: differential privacy is not available yet, and noise alone is none."),
             code="privacy_not_available",
         )
+    _check_types(values)
     try:
         if values.clip_norm is not None:
             clip(np.zeros(1, dtype=np.float32), values.clip_norm)
@@ -292,8 +293,25 @@ def _training_config(values: LocalModelConfig) -> LocalTrainingConfig:
             proximal_mu=values.proximal_mu,
             adaptation=values.adaptation,
         )
-    except (EngineError, PrivacyError, TypeError) as error:
+    except (EngineError, PrivacyError) as error:
         raise ManagerError(str(error), code="bad_config") from error
+
+
+def _check_types(values: LocalModelConfig) -> None:
+    for names, allowed, text in ((_WHOLE, int, _("a whole number")), (_NUMBERS, (int, float), _("a number"))):
+        for name in names:
+            value = getattr(values, name)
+            if isinstance(value, bool) or not isinstance(value, allowed):
+                raise ManagerError(
+                    _("%(field)s must be %(allowed)s, not %(given)s")
+                    % {"field": name, "allowed": text, "given": ascii(value)[:80]}
+                )
+    if values.clip_norm is not None and (isinstance(values.clip_norm, bool) or not isinstance(values.clip_norm, int | float)):
+        raise ManagerError(_("clip_norm must be a positive number or None, not %s") % ascii(values.clip_norm)[:80])
+
+
+_WHOLE = ("local_epochs", "batch_size", "seed")
+_NUMBERS = ("learning_rate", "proximal_mu")
 
 
 def _start(path: str) -> tuple[str, LoadedVersion, FloatArray]:
