@@ -21,5 +21,5 @@ Q_CLUSTER = {
     **Q_CLUSTER,
     "poll": 0.1,
     "guard_cycle": 0.2,
-    "ALT_CLUSTERS": {"training": {**Q_CLUSTER["ALT_CLUSTERS"]["training"], "timeout": 5, "retry": 100, "poll": 0.1}},
+    "ALT_CLUSTERS": {"training": {**Q_CLUSTER["ALT_CLUSTERS"]["training"], "timeout": 6, "retry": 100, "poll": 0.1}},
 }

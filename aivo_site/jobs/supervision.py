@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from django.conf import settings
+from django.db import connections
 from django.db.models import Max
 from django.utils import timezone
 
@@ -95,23 +96,28 @@ class ClusterProcess:
 
     def stop(self, timeout: float) -> None:
         """Let running jobs end for ``timeout`` seconds, then have workers hand theirs back, then kill what is left."""
-        if not self.ended():
-            self._process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout)
         with contextlib.suppress(ProcessLookupError):
+            if not self.ended():
+                self._process.send_signal(signal.SIGTERM)
+                self._wait_until_idle(timeout)
             os.killpg(self.group, signal.SIGTERM)
-        # The main process may wait for ever for one that is gone, so only the others are waited for.
-        until = time.monotonic() + _HAND_BACK_SECONDS
-        while time.monotonic() < until and _members(self.group) - {self.group}:
-            time.sleep(0.1)
-        with contextlib.suppress(ProcessLookupError):
+            self._wait_until_idle(_HAND_BACK_SECONDS)
             os.killpg(self.group, signal.SIGKILL)
         self._process.wait()
 
+    def _wait_until_idle(self, seconds: float) -> None:
+        """Wait until nothing of the group lives but the main process, which may wait for ever for one that is gone."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and _members(self.group) - {self.group}:
+            self.ended()
+            time.sleep(0.1)
+
 
 class Watchdog:
-    """Keeps one queue's workers running until it is told to stop."""
+    """Keeps one queue's workers running until it is told to stop.
+
+    ``max_age``: seconds after which a message that nobody takes means that they are stuck.
+    """
 
     def __init__(self, queue: str, *, max_age: float, interval: float, stop_timeout: float) -> None:
         queueing.cluster_name(queue)
@@ -130,18 +136,23 @@ class Watchdog:
     def watch(self) -> None:
         """Start the workers, and start them again whenever they end or are stuck."""
         while not self._stopping:
-            released = release_taken(self._queue)
-            if released:
-                logger.info("queue %s: %d fetched messages are due again", self._queue, released)
-            cluster = ClusterProcess(self._queue)
-            try:
-                reason = self._watch_one(cluster)
-            finally:
-                cluster.stop(self._stop_timeout if self._stopping else _HAND_BACK_SECONDS)
+            reason = self._run_once()
             if not self._stopping:
                 self.restarts += 1
                 logger.error("queue %s: workers %s; starting them again", self._queue, reason)
                 self._pause(lambda: False, _PAUSES[min(self._failures, len(_PAUSES) - 1)])
+
+    def _run_once(self) -> str:
+        """Start the workers and see them end; returns why in words. Nothing of them is left."""
+        released = release_taken(self._queue)
+        if released:
+            logger.info("queue %s: %d fetched messages are due again", self._queue, released)
+        connections.close_all()
+        cluster = ClusterProcess(self._queue)
+        try:
+            return self._watch_one(cluster)
+        finally:
+            cluster.stop(self._stop_timeout if self._stopping else _HAND_BACK_SECONDS)
 
     def _watch_one(self, cluster: ClusterProcess) -> str:
         stuck = False

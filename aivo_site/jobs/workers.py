@@ -11,9 +11,11 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import util
+from pathlib import Path
 from types import FrameType
 from typing import Any
 from uuid import UUID
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 PULSE_SECONDS = 10.0
 """How often a worker says that it lives; three missing ones make it silent."""
 
+_LOOK_SECONDS = 1.0
+
 _JOIN_SECONDS = 5.0
 
 
@@ -42,6 +46,8 @@ class Pulse:
         self._job_id: UUID | None = None
         self._news = threading.Event()
         self._closing = False
+        self._guard = os.getppid()
+        self._main = _parent_of(self._guard)
         self._thread = threading.Thread(target=self._work, name="worker-pulse", daemon=True)
 
     def start(self) -> None:
@@ -60,10 +66,16 @@ class Pulse:
 
     def _work(self) -> None:
         try:
+            due = 0.0
             while not self._closing:
-                self._news.clear()
-                self._attempt(self._write)
-                self._news.wait(PULSE_SECONDS)
+                if self._news.is_set() or time.monotonic() >= due:
+                    self._news.clear()
+                    self._attempt(self._write)
+                    due = time.monotonic() + PULSE_SECONDS
+                if _parent_of(self._guard) != self._main:
+                    _end_cluster(self._guard)
+                    return
+                self._news.wait(_LOOK_SECONDS)
             self._attempt(self._remove)
         finally:
             connections.close_all()
@@ -119,8 +131,29 @@ def showing(job_id: UUID) -> Iterator[None]:
             _pulse.show(None)
 
 
+def _parent_of(pid: int) -> int | None:
+    """The parent's process id; None where there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _end_cluster(guard: int) -> None:
+    """Without its main process nobody can stop a cluster, and a restart would add a second one: end what is left of it.
+
+    This worker is the last to be signalled; like the others it hands its job back.
+    """
+    logger.error("the main process of this cluster is gone: ending the rest of it")
+    others = Path(f"/proc/{guard}/task/{guard}/children")
+    pids = [int(pid) for pid in others.read_text(encoding="ascii").split()] if others.exists() else []
+    for pid in (guard, *(pid for pid in pids if pid != os.getpid()), os.getpid()):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+
+
 def _on_sigterm(_number: int, _frame: FrameType | None) -> None:
-    """Only service managers that signal every process send this; an idle worker leaves the message queue unlocked."""
+    """Sent by who stops all processes at once. An idle worker ends here and leaves the lock of the message queue free."""
     global _interruptible
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if _interruptible:

@@ -20,7 +20,7 @@ from django_q.models import Failure, OrmQ, Schedule
 from aivo_site.jobs import janitor, queueing, schedules, services
 from aivo_site.jobs.models import Job, JobState, ScheduleRun, WorkerHeartbeat
 from tests.site.job_kinds import kinds
-from tests.site.worker_processes import alive, ended, kill_group, living_workers, started, until, workers_of
+from tests.site.worker_processes import alive, descendants, ended, kill_all, living_workers, started, until, workers_of
 
 pytestmark = pytest.mark.worker
 
@@ -73,7 +73,7 @@ def test_a_due_schedule_is_planned_for_both_clusters() -> None:
     """First in the file: the schedulers look about every 30 seconds; the last test sees what came of it."""
     schedules.setup_schedules()
     Schedule.objects.exclude(name="janitor").delete()
-    Schedule.objects.update(next_run=timezone.now() - timedelta(seconds=1))
+    Schedule.objects.update(next_run=timezone.now() - timedelta(seconds=1), repeats=1)
     assert Schedule.objects.count() == 1
 
 
@@ -162,19 +162,20 @@ def test_a_running_job_is_cancelled(kind: str, cooperative: bool) -> None:
 
 @pytest.mark.usefixtures("clusters")
 def test_a_child_that_takes_too_long_fails_and_its_worker_lives() -> None:
-    job = ended(run("follow_training", steps=40, step_seconds=0.25, cooperative=False), seconds=12)
+    job = ended(run("follow_training", steps=40, step_seconds=0.25, cooperative=False), seconds=16)
     assert (job.state, job.error_code) == (JobState.FAILED, "timeout")
     assert ended(run("follow_training")).state == JobState.SUCCEEDED
 
 
 def test_after_kill_9_of_the_workers_the_job_runs_again(clusters: list[subprocess.Popen[bytes]], log: Path) -> None:
-    kill_group(clusters.pop())
+    kill_all(clusters.pop())
     with started(log, "worker", "--queue", "training") as first:
         job = run("follow_training", steps=8, step_seconds=0.25)
         follower = run("follow_training")
         until(lambda: Job.objects.filter(id=job.id, progress_done__gte=1).exists(), what="the job runs in its child")
-        child = _child_of(workers_of(first)[0])
-        kill_group(first)
+        (worker,) = workers_of(first)
+        (child,) = descendants(worker)
+        os.killpg(first.pid, signal.SIGKILL)  # the child is in a group of its own
     until(lambda: not alive(child), seconds=2.0, what="the child died with its worker")
     job.refresh_from_db()
     assert job.state == JobState.RUNNING
@@ -194,7 +195,30 @@ def test_sigterm_lets_the_running_job_end(log: Path) -> None:
         assert worker.wait(timeout=10) == 0
         job.refresh_from_db()
         assert (job.state, job.starts) == (JobState.SUCCEEDED, 1)
-        assert workers_of(worker) == []
+        assert descendants(worker.pid) == []
+
+
+def test_kill_9_of_the_main_process_ends_the_whole_cluster_and_hands_the_job_back(log: Path) -> None:
+    with started(log, "worker", "--queue", "training") as worker:
+        job = run("follow_training", steps=40, step_seconds=0.25)
+        until(lambda: Job.objects.filter(id=job.id, progress_done__gte=1).exists(), what="the job runs in its child")
+        left = descendants(worker.pid)
+        assert len(left) == 5, "guard, worker, pusher, monitor, and the job's child"
+        worker.kill()
+        until(lambda: not any(alive(pid) for pid in left), seconds=10, what="all its processes end")
+    job.refresh_from_db()
+    assert (job.state, job.starts) == (JobState.QUEUED, 0)
+    services.request_cancel(job=job, actor="the test")
+
+
+def test_workers_stop_when_their_watchdog_is_killed(log: Path) -> None:
+    with started(log, "watchdog", "--queue", "training") as watchdog:
+        job = run("follow_training", steps=6, step_seconds=0.25)
+        until(lambda: Job.objects.filter(id=job.id, state=JobState.RUNNING).exists(), what="the job runs")
+        left = descendants(watchdog.pid)
+        watchdog.kill()
+        assert ended(job).state == JobState.SUCCEEDED, "the running job ends first"
+        until(lambda: not any(alive(pid) for pid in left), seconds=10, what="all its processes end")
 
 
 def test_a_watchdog_told_to_stop_hands_the_running_job_back(log: Path) -> None:
@@ -202,7 +226,7 @@ def test_a_watchdog_told_to_stop_hands_the_running_job_back(log: Path) -> None:
         job = run("follow_training", steps=40, step_seconds=0.25)
         until(lambda: Job.objects.filter(id=job.id, progress_done__gte=1).exists(), what="the job runs")
         (worker,) = living_workers("training")
-        child = _child_of(worker)
+        (child,) = descendants(worker)
         watchdog.send_signal(signal.SIGTERM)
         assert watchdog.wait(timeout=10) == 0
     job.refresh_from_db()
@@ -231,9 +255,5 @@ def test_the_watchdog_starts_a_stuck_cluster_again(log: Path) -> None:
 def test_two_clusters_fire_a_due_schedule_once() -> None:
     until(lambda: ScheduleRun.objects.exists(), seconds=40, what="the schedule fired")
     run_row = ScheduleRun.objects.get()
-    assert run_row.job is not None
+    assert run_row.job == Job.objects.get(kind=janitor.JANITOR_KIND)
     assert ended(run_row.job).state == JobState.SUCCEEDED
-
-
-def _child_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()[0])

@@ -37,7 +37,7 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def started(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """``manage.py`` with these arguments; afterwards nothing of its process group is left."""
+    """``manage.py`` with these arguments; afterwards nothing that descends from it is left."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, str(BASE_DIR / "manage.py"), *arguments],
@@ -49,23 +49,35 @@ def started(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        kill_group(process)
+        kill_all(process)
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a started process and all its descendants at once, as a service manager kills a control group."""
+    found = descendants(process.pid)
+    for pid in (process.pid, *found):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
-def until(condition: Callable[[], Any], *, seconds: float = 15.0, what: str = "") -> Any:
-    """The first true value of the condition."""
+def descendants(pid: int) -> list[int]:
+    """Process ids of children, their children, and so on."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [*children, *(deeper for child in children for deeper in descendants(child))]
+
+
+def until(condition: Callable[[], Any], *, seconds: float = 15.0, what: str = "", pause: float = 0.05) -> Any:
+    """The first true value of the condition, which is asked every ``pause`` seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         value = condition()
         if value:
             return value
-        time.sleep(0.05)
+        time.sleep(pause)
     raise AssertionError(f"not within {seconds} s: {what or condition}")
 
 
@@ -81,13 +93,9 @@ def ended(job: Job, *, seconds: float = 15.0) -> Job:
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """Process ids of the queue workers that belong to a started process's group and have said that they live."""
-    found = []
-    for pid in WorkerHeartbeat.objects.values_list("pid", flat=True):
-        with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(pid) == process.pid:
-                found.append(pid)
-    return found
+    """Process ids of the queue workers below a started process that have said that they live."""
+    below = descendants(process.pid)
+    return [pid for pid in WorkerHeartbeat.objects.values_list("pid", flat=True) if pid in below]
 
 
 def alive(pid: int) -> bool:
