@@ -112,8 +112,7 @@ def train_learners(
         policy: how to train; None takes the installation's.
         force: also learners whose tail is the result of training on exactly these samples in this way.
         actor: user name, or the command or schedule that acts.
-        progress: called after each learner with (done, all, message).
-        should_stop: asked after each trained learner.
+        progress: called after each learner with (done, all, message). should_stop: asked after each learner.
 
     Raises:
         PolicyError, EngineUnavailable: the policy cannot be run.
@@ -145,28 +144,31 @@ class _Run:
 
     def train(self, learners: QuerySet[Any], progress: Progress | None, should_stop: Callable[[], bool] | None) -> None:
         keys = _ordered_keys(learners)
-        for done, prepared in enumerate(self._trained(keys), start=1):
+        steps = self._steps(keys)
+        for done, _step in enumerate(steps, start=1):
             if progress is not None:
-                progress(done, len(keys), prepared.base.version)
-            if should_stop is not None and should_stop():
+                progress(done, len(keys), _("%(n)d trained") % {"n": self.report.trained})
+            if should_stop is not None and done < len(keys) and should_stop():
                 self.report.stopped = True
                 break
         self._control.close()
-        if progress is not None and not self.report.stopped:
-            progress(len(keys), len(keys), _("done"))
 
-    def _trained(self, keys: Sequence[UUID]) -> Iterator[Prepared]:
-        """Each learner that was trained, as soon as it is finished with."""
-        for block in self._blocks(keys):
-            yield from self._train_block(block)
+    def _steps(self, keys: Sequence[UUID]) -> Iterator[None]:
+        """One step for each learner, as soon as it is trained or left out."""
+        for entry in self._blocks(keys):
+            if entry is None:
+                yield None
+            else:
+                yield from self._train_block(entry)
 
-    def _blocks(self, keys: Sequence[UUID]) -> Iterator[list[Prepared]]:
-        """Learners to train, in blocks of one base each."""
+    def _blocks(self, keys: Sequence[UUID]) -> Iterator[list[Prepared] | None]:
+        """Learners to train, in blocks of one base each; None for each learner who is left out."""
         block: list[Prepared] = []
         held = 0
         for key in keys:
             prepared = self._prepare(key)
             if prepared is None:
+                yield None
                 continue
             samples = len(prepared.training) + len(prepared.later)
             if block and (len(block) == BLOCK or held + samples > BLOCK_SAMPLES or not _same_base(block[0].base, prepared.base)):
@@ -182,16 +184,19 @@ class _Run:
         model = PersonalizedModel.objects.select_related("learner", "source_version").filter(learner=key).first()
         code = why_not(learner) or why_not_model(model)
         if code or model is None:
-            self.report.skipped[code] += 1
+            self.report.leave_out("", code)
             return None
+        name = model.learner.learner_id
         base = base_of(model)
         try:
             training, later = learner_parts(model.learner, base, self._policy.max_samples)
         except EncodingError as error:
-            self.report.failed[error.code] += 1
+            self.report.fail(name, error.code, str(error))
             return None
         if len(training) < self._policy.min_samples:
-            self.report.skipped["too_few_samples"] += 1
+            text = _("%(n)d training samples; at least %(least)d are needed")
+            counts = {"n": len(training), "least": self._policy.min_samples}
+            self.report.leave_out(name, "too_few_samples", text % counts)
             return None
         digest = inputs_digest(base=base, config=self._config, training=training)
         if not self._force and is_nothing_new(model, digest):
@@ -201,7 +206,7 @@ class _Run:
             tail = store.read_tail(model=model, spec=base.spec)
         except StoreError as error:
             mark_damaged(model, error)
-            self.report.failed[error.code] += 1
+            self.report.fail(name, error.code, str(error))
             return None
         sequence = next_sequence(model)
         return Prepared(
@@ -216,14 +221,18 @@ class _Run:
         )
 
     def _count_as_it_is(self, model: PersonalizedModel) -> None:
-        self.report.skipped["nothing_new"] += 1
+        try:
+            kept = kept_evaluation(str(model.learner.subject_key), model.serving_evidence)
+        except EvaluationError as error:
+            self.report.fail(model.learner.learner_id, error.code, str(error))
+            return
+        self.report.leave_out(model.learner.learner_id, "nothing_new")
         self.report.choices[model.serving_choice] += 1
-        kept = kept_evaluation(str(model.learner.subject_key), model.serving_evidence)
         if kept is not None:
             self.report.evaluations.append(kept)
 
-    def _train_block(self, block: Sequence[Prepared]) -> Iterator[Prepared]:
-        """Train a block and store it learner by learner; each learner is given back when it is finished with."""
+    def _train_block(self, block: Sequence[Prepared]) -> Iterator[None]:
+        """Train a block and store it learner by learner, one step each."""
         base = block[0].base
         tasks = [task for prepared in block for task in _tasks(prepared)]
         results = self._engine.train(spec=base.spec, weights=base.weights, config=self._config, tasks=iter(tasks))
@@ -232,23 +241,24 @@ class _Run:
             choice_result = next(results) if prepared.can_choose else None
             self.report.training_seconds += result.seconds + (choice_result.seconds if choice_result else 0.0)
             self._finish(prepared, result, choice_result)
-            yield prepared
+            yield None
 
     def _finish(self, prepared: Prepared, result: LearnerResult, choice_result: LearnerResult | None) -> None:
+        name = prepared.model.learner.learner_id
         for one in (result, choice_result):
             if one is not None and one.error_code:
-                self.report.failed[one.error_code] += 1
+                self.report.fail(name, one.error_code, one.error_message)
                 return
         try:
             trained = TrainedLearner.of(prepared, result, choice_result)
         except EvaluationError as error:
-            self.report.failed[error.code] += 1
+            self.report.fail(name, error.code, str(error))
             return
         code = trained.store(policy=self._policy, engine=self.report.engine, backend=self.report.backend)
         if code in FAILURES:
-            self.report.failed[code] += 1
+            self.report.fail(name, code, _("the model was changed by another process; nothing was stored"))
         elif code:
-            self.report.skipped[code] += 1
+            self.report.leave_out(name, code)
         else:
             self._count(trained)
 

@@ -84,6 +84,8 @@ def _train_learner_models(context: JobContext) -> Mapping[str, Any]:
         progress=context.progress,
         should_stop=context.should_stop,
     )
+    for note in report.notes:
+        context.log(f"{note.learner_id}: {note.code}: {note.message}", "WARNING")
     if report.stopped:
         context.check_cancelled()
     report.require_work()

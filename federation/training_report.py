@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from django.utils.translation import gettext as _
@@ -13,6 +13,9 @@ from django.utils.translation import gettext as _
 from federation.errors import NothingToTrain
 from federation.serving_decision import ServedEvaluation
 from models_store.evaluation import LearnerLosses, paired_change
+
+NOTES = 20
+"""Learners of whom a report says more than a count."""
 
 FIGURES = ("total", "content", "path", "score", "content_top1", "content_top5", "path_top1")
 
@@ -25,6 +28,15 @@ class Control:
     other: LearnerLosses
 
 
+@dataclass(frozen=True)
+class Note:
+    """Why one learner was left out or failed, where the reason code alone does not say enough."""
+
+    learner_id: str
+    code: str
+    message: str
+
+
 @dataclass
 class TrainingReport:
     """What became of the learners.
@@ -35,6 +47,7 @@ class TrainingReport:
         controls: what a clone is worth that is not the learner's own.
         choices: by serving choice, over the same learners as ``evaluations`` and those without later interactions.
         seconds: in all. training_seconds: of the engine alone.
+        notes: the first ``NOTES`` learners of whom there is more to say than the code.
         stopped: asked to stop before the end; what was trained until then stays.
     """
 
@@ -48,7 +61,22 @@ class TrainingReport:
     choices: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     training_seconds: float = 0.0
+    notes: list[Note] = field(default_factory=list)
     stopped: bool = False
+
+    def leave_out(self, learner_id: str, code: str, message: str = "") -> None:
+        """Count a learner who is not trained."""
+        self.skipped[code] += 1
+        self._note(learner_id, code, message)
+
+    def fail(self, learner_id: str, code: str, message: str = "") -> None:
+        """Count a learner whose training failed."""
+        self.failed[code] += 1
+        self._note(learner_id, code, message)
+
+    def _note(self, learner_id: str, code: str, message: str) -> None:
+        if message and len(self.notes) < NOTES:
+            self.notes.append(Note(learner_id, code, message))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object of the command ``train_learner_models``."""
@@ -62,6 +90,7 @@ class TrainingReport:
             "learners_per_second": self.trained / self.seconds if self.trained and self.seconds > 0.0 else None,
             "training_seconds": round(self.training_seconds, 3),
             "seconds": round(self.seconds, 3),
+            "notes": [asdict(note) for note in self.notes],
         }
 
     def require_work(self) -> None:

@@ -235,7 +235,9 @@ def test_everyone_left_out_has_a_reason(engine: ShrinkingEngine) -> None:
 def test_a_learner_without_events_has_too_few_samples(engine: ShrinkingEngine) -> None:
     made = world(learners=1)
     with_model(make_learner("silent"), made.version, events=0, session=False)
-    assert dict(train().skipped) == {"too_few_samples": 1}
+    report = train()
+    assert dict(report.skipped) == {"too_few_samples": 1}
+    assert (report.notes[0].learner_id, report.notes[0].message) == ("silent", "0 training samples; at least 5 are needed")
 
 
 def test_the_same_samples_are_not_trained_on_twice(engine: ShrinkingEngine) -> None:
@@ -386,11 +388,16 @@ def test_a_learner_whose_training_fails_is_counted_by_its_code_and_stops_nobody(
     class Diverging(ShrinkingEngine):
         def train(self, **kwargs: Any) -> Iterator[LearnerResult]:
             for result in super().train(**kwargs):
-                yield LearnerResult(key=unlucky, error_code="diverged") if result.key == unlucky else result
+                yield (
+                    LearnerResult(key=unlucky, error_code="diverged", error_message="lower the rate")
+                    if result.key == unlucky
+                    else result
+                )
 
     use(Diverging())
     report = train()
     assert (report.trained, dict(report.failed)) == (2, {"diverged": 1})
+    assert [(note.learner_id, note.code, note.message) for note in report.notes] == [("fed-1", "diverged", "lower the rate")]
     assert made.model(1).version == 1
 
 
@@ -423,6 +430,30 @@ def test_a_run_stops_when_asked_and_keeps_what_it_did(engine: ShrinkingEngine) -
     report = train(progress=lambda done, total, message: seen.append(done), should_stop=lambda: len(seen) >= 2)
     assert (report.stopped, report.trained) == (True, 2)
     assert ModelTrainingSession.objects.count() == 2
+
+
+def test_a_run_with_nothing_to_do_can_be_stopped_too(engine: ShrinkingEngine) -> None:
+    world(learners=5)
+    train()
+    seen: list[tuple[int, int]] = []
+    report = train(progress=lambda done, total, message: seen.append((done, total)), should_stop=lambda: len(seen) >= 2)
+    assert (report.stopped, dict(report.skipped), seen) == (True, {"nothing_new": 2}, [(1, 5), (2, 5)])
+
+
+def test_progress_counts_everyone_to_the_end(engine: ShrinkingEngine) -> None:
+    made = world(learners=4)
+    Learner.objects.filter(pk=made.learners[2].pk).update(consent_training=False)
+    seen: list[tuple[int, int]] = []
+    train(progress=lambda done, total, message: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_evidence_that_cannot_be_read_is_a_failure_of_its_learner_alone(engine: ShrinkingEngine) -> None:
+    made = world(learners=2)
+    train()
+    PersonalizedModel.objects.filter(pk=made.model(0).pk).update(serving_evidence={"evaluation": {"main": 1}})
+    report = train()
+    assert (dict(report.failed), dict(report.skipped)) == ({"bad_evidence": 1}, {"nothing_new": 1})
 
 
 def test_learners_are_held_in_blocks_of_one_base(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
