@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from models_store.errors import StoreError
 from models_store.files import ALIASES, DEFAULT_MAX_BYTES, list_files, read_file, read_unverified
+from models_store.garbage import GRACE
 from models_store.models import MainModelVersion, VersionStatus
-from models_store.references import FileReference, all_references
+from models_store.references import FileReference, all_references, is_owned
 from models_store.version_files import ACTIVE_POINTER, active_pointer, read_active_pointer
 
 MAX_BYTES = 4 * DEFAULT_MAX_BYTES
@@ -23,7 +25,9 @@ class StoreReport:
     Attributes:
         files: files checked.
         missing, corrupt: ``alias:path`` of files that rows point to and that are not there, or are not what they were.
-        orphaned: ``alias:path`` of files that no row points to; garbage collection removes them after a day.
+        orphaned: ``alias:path`` of files that no row points to: strangers, and leftovers that garbage collection is due to
+            remove. waiting: leftovers of the last day, such as a tail that its learner's next one has replaced; a file whose
+            row is about to be written may be among them.
         active_pointer: ``ok``, ``missing`` or ``stale``; None while there is neither an active version nor a pointer.
         problems: a sentence for each missing or damaged file and for the pointer.
     """
@@ -32,6 +36,7 @@ class StoreReport:
     missing: list[str] = field(default_factory=list)
     corrupt: list[str] = field(default_factory=list)
     orphaned: list[str] = field(default_factory=list)
+    waiting: int = 0
     active_pointer: str | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -47,6 +52,7 @@ class StoreReport:
             "corrupt": len(self.corrupt),
             "orphaned": len(self.orphaned),
             "active_pointer": self.active_pointer,
+            "waiting": self.waiting,
             "missing_files": self.missing,
             "corrupt_files": self.corrupt,
             "orphaned_files": self.orphaned,
@@ -75,8 +81,13 @@ def verify_store(*, progress: Callable[[int, int, str], None] | None = None) -> 
         if progress:
             progress(report.files, max(report.files, len(present)), reference.path)
     _report_damage(damaged, report)
+    young = time.time() - GRACE.total_seconds()
     for alias, found in present:
-        if (alias, found.path) not in referenced and not found.is_temporary:
+        if (alias, found.path) in referenced:
+            continue
+        if found.modified >= young and (found.is_temporary or is_owned(alias, found.path)):
+            report.waiting += 1
+        else:
             report.orphaned.append(f"{alias}:{found.path}")
     _check_pointer(report)
     return report

@@ -76,6 +76,15 @@ def test_each_kind_of_damage_is_named(model: PersonalizedModel) -> None:
     assert not report.is_sound
 
 
+def test_a_replaced_tail_waits_for_a_day_and_is_then_an_orphan(model: PersonalizedModel) -> None:
+    path = store.write_tail(learner_id="ada", number=2, spec=SMALL, tail=random_tail(SMALL, 2)).path
+    report = verify_store()
+    assert (report.orphaned, report.waiting) == ([], 1)
+    make_old(store.LEARNER_MODELS, path)
+    report = verify_store()
+    assert (report.orphaned, report.waiting) == ([f"learner_models:{path}"], 0)
+
+
 def test_files_of_a_version_whose_manifest_is_gone_are_no_garbage(model: PersonalizedModel) -> None:
     version = MainModelVersion.objects.get()
     folder = root(store.MAIN_MODELS) / version.model_path

@@ -18,7 +18,10 @@ class Command(AivoCommand):
     def perform(self, options: dict[str, Any], progress: ProgressBar) -> Outcome:  # noqa: ARG002
         report = verify_store(progress=progress)
         lines = [
-            _("%(files)s files checked: %(missing)s missing, %(corrupt)s damaged, %(orphaned)s that no row points to.")
+            _(
+                "%(files)s files checked: %(missing)s missing, %(corrupt)s damaged; %(orphaned)s others that no row points to, "
+                "%(waiting)s replaced within the last day."
+            )
             % {name: value for name, value in report.to_json().items() if isinstance(value, int)},
             *report.problems,
         ]
