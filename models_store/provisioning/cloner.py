@@ -10,7 +10,7 @@ from django.utils import timezone
 from django.utils.translation import gettext as _
 
 from learners.errors import RegistrationError
-from learners.models import Learner
+from learners.models import Learner, Pool
 from models_store.cloning import REUSABLE, ModelCloner
 from models_store.errors import CloneError, StoreError
 from models_store.files import LEARNER_MODELS, MAIN_MODELS, location, read_file
@@ -142,7 +142,7 @@ def _keep(decision: Decision, model: PersonalizedModel) -> None:
 
 def _mark_failed(learner: Learner, version: MainModelVersion, decision: Decision, error: StoreError) -> None:
     """Leave a row that says what failed, where the learner may have a model at all and none was made meanwhile."""
-    if not learner.consent_training or learner.withdrawn_at is not None:
+    if not learner.consent_training or learner.withdrawn_at is not None or learner.pool != Pool.FEDERATED:
         return
     values = {
         "status": PersonalizedModelStatus.FAILED,

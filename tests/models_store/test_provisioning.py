@@ -197,6 +197,14 @@ def test_a_damaged_main_model_is_a_failure_to_retry_and_no_reason_for_fine_tunin
     assert (model.status, model.status_reason) == ("ACTIVE", "")
 
 
+@pytest.mark.parametrize("fields", [{"pool": Pool.EVALUATION}, {"consent_training": False}])
+def test_who_may_have_no_model_has_no_failed_one_either(configure: Any, fields: dict[str, Any]) -> None:
+    damage_weights(make_version())
+    make_learner("ada-1", **fields)
+    assert refusal({"learner_id": "ada-1"}) == "checksum_mismatch"
+    assert not PersonalizedModel.objects.exists()
+
+
 def test_a_fine_tuned_model_stays_what_it_is(configure: Any) -> None:
     make_version()
     learner = make_learner("ada-1")
