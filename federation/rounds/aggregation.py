@@ -32,6 +32,7 @@ from federation.rounds.quality import NEUTRAL, measure_quality
 from federation.strategies.base import Aggregate, PrivacyMechanism
 from federation.strategies.blocks import SumSource
 from models_store import store
+from models_store.errors import StoreError
 from models_store.store import LoadedVersion
 
 Progress = Callable[[int, int, str], None]
@@ -74,7 +75,9 @@ def aggregate_round(round_: AggregationRound, *, policy: RoundPolicy, base: Load
             # The attempt has no file and stays without one; the next one is over the set without this contribution.
             intake.reject(damaged.contribution, damaged.code, str(damaged))
             continue
-        return _complete(round_, attempt, policy, base, result)
+        stored = _write(round_, attempt, base, policy, result)
+        if stored is not None:
+            return _complete(round_, attempt, stored, result)
 
 
 def require_enough(policy: RoundPolicy, count: int) -> None:
@@ -197,16 +200,22 @@ def _begin_attempt(round_: AggregationRound, policy: RoundPolicy, members: Seque
         )
 
 
-def _complete(
-    round_: AggregationRound, attempt: RoundAttempt, policy: RoundPolicy, base: LoadedVersion, result: Aggregate
-) -> RoundAttempt:
-    stored = store.write_aggregate(
-        round_sequence=round_.sequence,
-        attempt=attempt.n,
-        spec=base.spec,
-        aggregate=result.vector,
-        metadata={"round": round_.sequence, "set_digest": attempt.set_digest, "strategy": policy.strategy, "base": base.version},
-    )
+def _write(
+    round_: AggregationRound, attempt: RoundAttempt, base: LoadedVersion, policy: RoundPolicy, result: Aggregate
+) -> store.StoredFile | None:
+    """The attempt's file; None where the store holds another one of this name, from before the database was restored."""
+    metadata = {"round": round_.sequence, "set_digest": attempt.set_digest, "strategy": policy.strategy, "base": base.version}
+    try:
+        return store.write_aggregate(
+            round_sequence=round_.sequence, attempt=attempt.n, spec=base.spec, aggregate=result.vector, metadata=metadata
+        )
+    except StoreError as error:
+        if error.code != "already_exists":
+            raise
+        return None
+
+
+def _complete(round_: AggregationRound, attempt: RoundAttempt, stored: store.StoredFile, result: Aggregate) -> RoundAttempt:
     with transaction.atomic():
         changed = RoundAttempt.objects.filter(pk=attempt.pk, aggregate_path="").update(
             aggregate_path=stored.path,

@@ -197,6 +197,17 @@ def test_weighted_gives_no_weight_to_deltas_that_harm_their_own_learner(engine: 
     assert skipped.value.code == "zero_weight"
 
 
+def test_files_of_rounds_that_a_restored_database_does_not_know_are_left_alone(engine: ShrinkingEngine) -> None:
+    make_world()
+    other = store.write_aggregate(
+        round_sequence=1, attempt=1, spec=SMALL, aggregate=np.ones(SMALL.tail_size, np.float32), metadata={}
+    )
+    assert service.aggregate(with_rebase=False)["state"] == "PROMOTED"
+    first, second = RoundAttempt.objects.order_by("n")
+    assert (first.aggregate_path, second.n) == ("", 2) and first.set_digest == second.set_digest
+    assert store.read_aggregate(path=other.path, sha256=other.sha256, spec=SMALL).min() == 1.0
+
+
 def test_an_update_that_overflows_fails_the_round_and_leaves_main(engine: ShrinkingEngine) -> None:
     world = make_world()
     set_policy(server_learning_rate=1e39)

@@ -71,7 +71,31 @@ def test_lambda_is_the_best_on_the_latest_fifth_of_the_training_samples(promoted
             losses[factor] = learner_losses("k", forecast(new, tail, chosen_on), chosen_on, new.content_mix).total
         assert entry["lambda"] == min(losses, key=losses.__getitem__)
         assert entry["losses"]["0.5"] == pytest.approx(losses[0.5], abs=1e-5)
-        assert entry["samples"] == len(chosen_on)
+        assert (entry["samples"], entry["basis"]) == (len(chosen_on), "fitted")
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected", "blend"),
+    [
+        ({"0": 3.0, "0.1": 2.9, "0.3": 2.8, "0.5": 3.1, "1": 3.2}, 0.0, 0.0),
+        ({"0": 3.0, "0.1": 2.9, "0.3": 2.7, "0.5": 2.8, "1": 3.2}, 0.5, 0.6),
+        ({"0": 3.0, "0.1": 2.9, "0.3": 2.9, "0.5": 2.8, "1": 2.8}, 1.0, 0.3),
+    ],
+)
+def test_what_the_tail_had_not_seen_when_the_blend_was_chosen_chooses_lambda_too(
+    promoted: World, losses: dict[str, float], expected: float, blend: float
+) -> None:
+    """The tail fits the samples it was trained on; and what is served keeps its distance from main."""
+    evidence = {"held_out_samples": 7, "losses": {key: {"total": value} for key, value in losses.items()}}
+    PersonalizedModel.objects.update(serving_evidence=evidence, serving_choice="BLEND", blend=0.3)
+    rebase.rebase_models(target=active_version())
+    for model in PersonalizedModel.objects.all():
+        entry = model.metadata["rebases"][-1]
+        assert (entry["lambda"], entry["basis"], entry["samples"]) == (expected, "held_out", 7)
+        assert model.blend == pytest.approx(blend)
+        assert model.serving_choice == ("BLEND" if blend else "MAIN")
+    service.roll_back(version=None, reason="worse", actor="steward")
+    assert {model.metadata["rebases"][-1]["lambda"] for model in PersonalizedModel.objects.all()} == {1.0}  # not applied twice
 
 
 def test_what_evaluates_never_chooses_lambda(promoted: World) -> None:
@@ -122,7 +146,7 @@ def rebased_tails(world: World) -> dict[str, np.ndarray]:
     made = {}
     for learner in world.learners:
         tail = tails()[learner.learner_id]
-        choice = rebase.choose_lambda(new, old_tail=old.tail, tail=tail, samples=samples_of(learner, new))
+        choice = rebase.choose_lambda(new, old_tail=old.tail, tail=tail, samples=samples_of(learner, new), evidence={})
         made[learner.learner_id] = rebase.moved_tail(new, old.tail, tail, choice.factor)
     return made
 
