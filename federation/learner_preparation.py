@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from aivo_core.samples import TRAIN_SHARE, Samples
 from aivo_site.errors import UsageError
 from federation.models import ModelTrainingSession, SessionPurpose
 from federation.rounds.own_samples import samples_of
-from learners.models import Learner, Organisation, Pool
+from learners.models import LEARNER_ID_PATTERN, Learner, Organisation, Pool
 from models_store.models import Backend, PersonalizedModel, PersonalizedModelStatus
 from models_store.version_files import LoadedVersion
 
@@ -91,7 +92,7 @@ def learners_to_train(*, learner_ids: Sequence[str] = (), organisation: str = ""
         raise UsageError(_("limit must be at least 1, not %(limit)s.") % {"limit": limit}, code="bad_limit")
     learners: QuerySet[Any] = Learner.objects.all()
     if organisation:
-        if not Organisation.objects.filter(slug=organisation).exists():
+        if "\0" in organisation or not Organisation.objects.filter(slug=organisation).exists():
             known = ", ".join(Organisation.objects.values_list("slug", flat=True)[:20]) or _("none")
             raise UsageError(
                 _("organisation must be one of %(known)s, not %(slug)s.") % {"known": known, "slug": ascii(organisation[:80])},
@@ -167,7 +168,7 @@ def _keys_of(learner_ids: Sequence[str]) -> list[UUID]:
     """Primary keys of the named learners, in one query per 500."""
     wanted = {str(name).lower(): str(name) for name in learner_ids}
     found: dict[str, UUID] = {}
-    names = list(wanted)
+    names = [name for name in wanted if re.match(LEARNER_ID_PATTERN, name)]
     for start in range(0, len(names), 500):
         part = names[start : start + 500]
         condition = Q(pk__in=[key for key in map(_as_uuid, part) if key is not None])

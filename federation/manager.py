@@ -331,13 +331,13 @@ def _start(path: str) -> tuple[str, LoadedVersion, FloatArray]:
 
 def _find_model(path: str) -> PersonalizedModel:
     models = PersonalizedModel.objects.select_related("learner", "source_version")
-    named: PersonalizedModel | None = models.filter(learner__learner_id__iexact=path.rstrip("/").rpartition("/")[2]).first()
-    name = name_below_root(alias=LEARNER_MODELS, text=path) if "\0" not in path else None
-    if name:
-        in_folder = models.filter(weights_path__startswith=f"{name.split('/')[0]}/").first()
-        named = in_folder or (named if "/" not in name else None)
-    elif "/" in path:
-        named = None
+    named: PersonalizedModel | None = None
+    if "\0" not in path:
+        name = name_below_root(alias=LEARNER_MODELS, text=path)
+        if name:
+            named = models.filter(weights_path__startswith=f"{name.split('/')[0]}/").first()
+        if named is None and "/" not in (name or path):
+            named = models.filter(learner__learner_id__iexact=path.rstrip("/").rpartition("/")[2]).first()
     if named is None:
         raise ManagerError(
             _("learner_model_path must be a learner's id or a path of a learner's model in the learner store, not %s")

@@ -294,6 +294,8 @@ def test_learners_are_found_by_id_in_any_case_and_by_key(engine: ShrinkingEngine
     [
         ({"learner_ids": ["fed-0", "nobody"]}, "unknown_learner"),
         ({"learner_ids": ["../fed-0"]}, "unknown_learner"),
+        ({"learner_ids": ["fed-0\0"]}, "unknown_learner"),
+        ({"organisation": "a\0b"}, "unknown_organisation"),
         ({"organisation": "nowhere"}, "unknown_organisation"),
         ({"limit": 0}, "bad_limit"),
     ],
