@@ -165,6 +165,17 @@ def test_a_stop_leaves_the_round_open_for_the_next_run(
     assert service.aggregate()["state"] == RoundState.PROMOTED
 
 
+@pytest.mark.django_db(transaction=True)
+def test_a_job_that_is_run_again_after_its_round_ended_gives_that_round_and_finishes_the_rebase(engine: ShrinkingEngine) -> None:
+    """The worker died after the promotion, before the learners' models were moved."""
+    make_world()
+    job = jobs.run_inline(kind=KIND, params={"rebase": False})
+    again = service.aggregate(job=job)
+    assert (again["round"], again["state"], again["resumed"]) == (1, RoundState.PROMOTED, True)
+    assert again["rebase"]["rebased"] == 6
+    assert AggregationRound.objects.count() == 1 and MainModelVersion.objects.count() == 2
+
+
 @pytest.mark.django_db
 def test_a_candidate_of_a_cancelled_round_is_rejected(engine: ShrinkingEngine) -> None:
     make_world(policy={"promotion": "manual"})
