@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aivo_site.errors import DomainError
+from aivo_site.errors import DomainError, UsageError
 
 
 class LearnersError(DomainError):
@@ -27,3 +27,7 @@ class RegistrationError(LearnersError):
     """A learner, an organisation or an assessment cannot be recorded as asked."""
 
     default_code = "registration_refused"
+
+
+class UnknownName(RegistrationError, UsageError):
+    """No learner or organisation is called so. ``code``: ``unknown_learner``, ``unknown_organisation``."""

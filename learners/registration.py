@@ -9,7 +9,7 @@ from typing import Any
 from django.db import IntegrityError, transaction
 from django.utils.translation import gettext as _
 
-from learners.errors import RegistrationError
+from learners.errors import RegistrationError, UnknownName
 from learners.models import LEARNER_ID_PATTERN, Learner, Organisation, Pool
 
 DEFAULT_ORGANISATION = "default"
@@ -22,13 +22,13 @@ def find_organisation(*, slug: str) -> Organisation:
     """The organisation with this slug.
 
     Raises:
-        RegistrationError: ``unknown_organisation``, with the slugs that exist (the first twenty).
+        UnknownName: ``unknown_organisation``, with the slugs that exist (the first twenty).
     """
     organisation: Organisation | None = Organisation.objects.filter(slug=slug).first()
     if organisation is None:
         known = ", ".join(Organisation.objects.values_list("slug", flat=True)[:20]) or _("none yet")
         message = _("Organisation %(slug)r is unknown; known: %(known)s.") % {"slug": slug[:60], "known": known}
-        raise RegistrationError(message, code="unknown_organisation")
+        raise UnknownName(message, code="unknown_organisation")
     return organisation
 
 
@@ -50,11 +50,11 @@ def find_learner(*, learner_id: str) -> Learner:
     """The learner with this id; upper and lower case do not matter.
 
     Raises:
-        RegistrationError: ``unknown_learner``.
+        UnknownName: ``unknown_learner``.
     """
     learner: Learner | None = Learner.objects.filter(learner_id__iexact=learner_id).first()
     if learner is None:
-        raise RegistrationError(_("No learner has this learner_id."), code="unknown_learner")
+        raise UnknownName(_("No learner has this learner_id."), code="unknown_learner")
     return learner
 
 

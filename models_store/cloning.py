@@ -22,7 +22,8 @@ from aivo_core.network import FloatArray, NetworkError, NetworkSpec
 from aivo_core.samples import Samples
 from aivo_site.audit.services import record
 from aivo_site.errors import UsageError
-from learners.models import LEARNER_ID_PATTERN, Learner, Organisation, Pool
+from learners.models import LEARNER_ID_PATTERN, Learner, Pool
+from learners.registration import find_organisation
 from models_store import clones
 from models_store.clones import Comparison
 from models_store.errors import CloneError, StoreError, VersionConflict
@@ -121,10 +122,7 @@ def learners_to_clone(
         raise UsageError(message % {"allowed": ", ".join(Pool.values), "pool": ascii(pool[:40])}, code="unknown_pool")
     learners: QuerySet[Any] = Learner.objects.order_by("learner_id")
     if organisation:
-        if not Organisation.objects.filter(slug=organisation).exists():
-            message = _("No organisation %(slug)s.")
-            raise UsageError(message % {"slug": ascii(organisation[:80])}, code="unknown_organisation")
-        learners = learners.filter(organisation__slug=organisation)
+        learners = learners.filter(organisation=find_organisation(slug=organisation))
     learners = learners.filter(pk__in=_keys_of(learner_ids)) if learner_ids else learners.filter(pool=pool)
     if limit is None:
         return learners

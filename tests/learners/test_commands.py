@@ -147,8 +147,9 @@ def test_the_pool_must_be_named_and_be_one_of_three(log: Path, arguments: list[s
 
 
 def test_an_unknown_organisation_is_refused(log: Path) -> None:
-    result = run_json("import_interactions", log, "--pool", "federated", "--organisation", "nowhere", code=1)
-    assert result["error"]["code"] == "unknown_organisation"
+    with pytest.raises(CommandError, match="nowhere") as refused:
+        run("import_interactions", log, "--pool", "federated", "--organisation", "nowhere")
+    assert refused.value.returncode == 2
 
 
 def test_record_consent_gives_and_withdraws(learner: Learner) -> None:
@@ -164,8 +165,9 @@ def test_record_consent_gives_and_withdraws(learner: Learner) -> None:
 
 
 def test_record_consent_refuses_unknown_learners_and_kinds(learner: Learner) -> None:
-    result = run_json("record_consent", "nobody", "--give", "training", "--authority", "guardian", code=1)
-    assert result["error"]["code"] == "unknown_learner"
+    with pytest.raises(CommandError, match="learner_id") as unknown:
+        run("record_consent", "nobody", "--give", "training", "--authority", "guardian")
+    assert unknown.value.returncode == 2
     with pytest.raises(CommandError, match="EXTERNAL_TRANSFER") as caught:
         call_command("record_consent", "kid-1", "--give", "dancing", "--authority", "guardian", stderr=StringIO())
     assert caught.value.returncode == 2
