@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
         )
     policy = default_policy()
     # Many small steps: local training of a learner takes long enough to be interrupted, and the tests stay quick.
-    policy.min_samples, policy.local_epochs, policy.batch_size, policy.bias_epochs = 10, 30, 8, 1
+    policy.min_samples, policy.local_epochs, policy.batch_size, policy.bias_epochs = 10, 20, 8, 1
     policy.save()
 
 
