@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from django.contrib import admin
 from django.core.exceptions import ValidationError
+from django.db.models import QuerySet
 from django.forms import ModelForm
 from django.http import HttpRequest
+from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 from unfold.admin import TabularInline
 from unfold.decorators import display
 
+from aivo_site.console.actions import JobAction, ReasonForm, admin_action, select_one
 from aivo_site.console.admin_base import ConsoleAdmin, ReadOnlyAdmin
 from aivo_site.errors import DomainError
 from federation.models import (
@@ -25,7 +29,7 @@ from federation.models import (
     RoundAttempt,
     RoundState,
 )
-from federation.policies import RoundPolicy
+from federation.policies import check_row
 
 ROUND_COLOURS = {
     RoundState.PROMOTED: "success",
@@ -35,26 +39,79 @@ ROUND_COLOURS = {
 }
 
 
+def _waiting(queryset: QuerySet[Any]) -> AggregationRound:
+    """The one selected round, if it waits for a decision."""
+    row: AggregationRound = select_one(queryset)
+    if row.state != RoundState.AWAITING_DECISION:
+        raise DomainError(
+            _("Only a round that waits for a decision can be decided; round %(n)s is “%(state)s”.")
+            % {"n": row.sequence, "state": row.get_state_display()},
+            code="not_waiting",
+        )
+    return row
+
+
+def _promote_consequences(queryset: QuerySet[Any]) -> list[str]:
+    row = _waiting(queryset)
+    return [
+        _("%s becomes the active version; the active one is archived and can be brought back by a rollback.")
+        % row.candidate_version,
+        _("What the learners contributed to it is used up, and their own models are moved to it by a job."),
+    ]
+
+
+def _reject_consequences(queryset: QuerySet[Any]) -> list[str]:
+    row = _waiting(queryset)
+    return [
+        _("%s is rejected; the active version stays.") % row.candidate_version,
+        _("What the learners contributed may be used again in a later round."),
+    ]
+
+
+def _decision(decision: str) -> Callable[[QuerySet[Any], Mapping[str, Any]], dict[str, Any]]:
+    def params(queryset: QuerySet[Any], cleaned: Mapping[str, Any]) -> dict[str, Any]:
+        return {"round": str(_waiting(queryset).pk), "decision": decision, "reason": cleaned["reason"]}
+
+    return params
+
+
+PROMOTE_CANDIDATE = JobAction(
+    name="promote_candidate",
+    label=gettext_lazy("Promote the candidate…"),
+    button=gettext_lazy("Promote"),
+    kind="decide_round",
+    permission="federation.change_aggregationround",
+    consequences=_promote_consequences,
+    params=_decision("promote"),
+    form=ReasonForm,
+)
+REJECT_CANDIDATE = JobAction(
+    name="reject_candidate",
+    label=gettext_lazy("Reject the candidate…"),
+    button=gettext_lazy("Reject"),
+    kind="decide_round",
+    permission="federation.change_aggregationround",
+    consequences=_reject_consequences,
+    params=_decision("reject"),
+    form=ReasonForm,
+)
+
+
 class PolicyForm(ModelForm):  # type: ignore[type-arg]
     """Refuses a policy that no round could run."""
 
     class Meta:
         model = FederationPolicy
-        exclude = ()
+        fields = [field.name for field in FederationPolicy._meta.concrete_fields if field.editable]
 
     def clean(self) -> dict[str, Any]:
         cleaned = super().clean() or {}
         if not self.errors:
             try:
-                RoundPolicy.from_row(self.instance_with(cleaned)).validate()
+                check_row(FederationPolicy(**cleaned))
             except DomainError as error:
                 raise ValidationError(str(error)) from error
         return cleaned
-
-    def instance_with(self, cleaned: dict[str, Any]) -> FederationPolicy:
-        """The row as it would be saved."""
-        names = {field.name for field in FederationPolicy._meta.concrete_fields}
-        return FederationPolicy(**{name: value for name, value in cleaned.items() if name in names})
 
 
 @admin.register(FederationPolicy)
@@ -62,7 +119,15 @@ class FederationPolicyAdmin(ConsoleAdmin):
     """How rounds run; one default for the installation."""
 
     form = PolicyForm
-    list_display = ("name", "organisation", "strategy", "contribution_source", "minimum_learners", "promotion", "differential_privacy")
+    list_display = (
+        "name",
+        "organisation",
+        "strategy",
+        "contribution_source",
+        "minimum_learners",
+        "promotion",
+        "differential_privacy",
+    )
     list_select_related = ("organisation",)
 
     def has_delete_permission(self, request: HttpRequest, obj: FederationPolicy | None = None) -> bool:
@@ -105,6 +170,7 @@ class AggregationRoundAdmin(ReadOnlyAdmin):
     search_fields = ("=sequence",)
     list_select_related = ("base_version", "candidate_version")
     inlines = (RoundAttemptInline,)
+    actions = (admin_action(PROMOTE_CANDIDATE), admin_action(REJECT_CANDIDATE))
 
     @display(description=gettext_lazy("state"), ordering="state", label=ROUND_COLOURS)
     def shown_state(self, row: AggregationRound) -> tuple[str, str]:
@@ -157,7 +223,14 @@ class ModelTrainingSessionAdmin(ReadOnlyAdmin):
 class FederatedUpdateAdmin(ReadOnlyAdmin):
     """What promoted rounds changed."""
 
-    list_display = ("main_model_version", "base_version", "aggregation_strategy", "performance_improvement", "privacy_budget", "created_at")
+    list_display = (
+        "main_model_version",
+        "base_version",
+        "aggregation_strategy",
+        "performance_improvement",
+        "privacy_budget",
+        "created_at",
+    )
     list_filter = ("aggregation_strategy",)
     list_select_related = ("main_model_version", "base_version")
 
@@ -171,6 +244,17 @@ class PrivacyPeriodAdmin(ReadOnlyAdmin):
 class PrivacyLedgerEntryAdmin(ReadOnlyAdmin):
     """Every charge."""
 
-    list_display = ("sequence", "period", "round", "unit", "sampling", "noise_multiplier", "steps", "epsilon", "epsilon_total", "delta")
+    list_display = (
+        "sequence",
+        "period",
+        "round",
+        "unit",
+        "sampling",
+        "noise_multiplier",
+        "steps",
+        "epsilon",
+        "epsilon_total",
+        "delta",
+    )
     list_filter = ("unit", "sampling")
     list_select_related = ("period", "round")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from uuid import UUID
 
 import numpy as np
-from django.db.models import Max, Q, QuerySet
-from django.db.models.functions import Lower
-from django.utils.translation import gettext as _
+from django.db.models import Max, QuerySet
 
 from aivo_core.engine.contract import LocalTrainingConfig
 from aivo_core.network import FloatArray
 from aivo_core.samples import TRAIN_SHARE, Samples
-from aivo_site.errors import UsageError
 from federation.models import ModelTrainingSession, SessionPurpose
 from federation.rounds.own_samples import samples_of
-from learners.models import LEARNER_ID_PATTERN, Learner, Organisation, Pool
+from learners.models import Learner, Pool
+from learners.selection import check_limit, select_learners
 from models_store.models import Backend, PersonalizedModel, PersonalizedModelStatus
 from models_store.version_files import LoadedVersion
 
@@ -86,20 +83,10 @@ def learners_to_train(*, learner_ids: Sequence[str] = (), organisation: str = ""
         limit: at most so many of those who have an active clone and may be trained; those trained longest ago first.
 
     Raises:
-        UsageError: ``unknown_learner`` naming the first, ``unknown_organisation``, ``bad_limit``.
+        UsageError: as ``select_learners``, or ``bad_limit``.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(_("limit must be at least 1, not %(limit)s.") % {"limit": limit}, code="bad_limit")
-    learners: QuerySet[Any] = Learner.objects.all()
-    if organisation:
-        if "\0" in organisation or not Organisation.objects.filter(slug=organisation).exists():
-            known = ", ".join(Organisation.objects.values_list("slug", flat=True)[:20]) or _("none")
-            raise UsageError(
-                _("organisation must be one of %(known)s, not %(slug)s.") % {"known": known, "slug": ascii(organisation[:80])},
-                code="unknown_organisation",
-            )
-        learners = learners.filter(organisation__slug=organisation)
-    learners = learners.filter(pk__in=_keys_of(learner_ids)) if learner_ids else learners.filter(pool=Pool.FEDERATED)
+    check_limit(limit)
+    learners = select_learners(learner_ids=learner_ids, organisation=organisation)
     if limit is None:
         return learners
     trainable = learners.filter(
@@ -154,7 +141,7 @@ def next_sequence(model: PersonalizedModel) -> int:
 def is_nothing_new(model: PersonalizedModel, inputs_sha256: str) -> bool:
     """Whether the model's tail is the result of training on exactly these inputs."""
     last = (
-        ModelTrainingSession.objects.filter(Q(personalized_model=model) & Q(purpose=SessionPurpose.PERSONAL))
+        ModelTrainingSession.objects.filter(personalized_model=model, purpose=SessionPurpose.PERSONAL)
         .order_by("-sequence")
         .first()
     )
@@ -162,32 +149,3 @@ def is_nothing_new(model: PersonalizedModel, inputs_sha256: str) -> bool:
         return False
     kept = (last.metadata.get("inputs_sha256"), last.metadata.get("tail_sha256"))
     return kept == (inputs_sha256, model.weights_sha256)
-
-
-def _keys_of(learner_ids: Sequence[str]) -> list[UUID]:
-    """Primary keys of the named learners, in one query per 500."""
-    wanted = {str(name).lower(): str(name) for name in learner_ids}
-    found: dict[str, UUID] = {}
-    names = [name for name in wanted if re.match(LEARNER_ID_PATTERN, name)]
-    for start in range(0, len(names), 500):
-        part = names[start : start + 500]
-        condition = Q(pk__in=[key for key in map(_as_uuid, part) if key is not None])
-        for learner_id, key in _matching(condition, part):
-            found[learner_id.lower()] = key
-            found[str(key)] = key
-    for name, given in wanted.items():
-        if name not in found:
-            raise UsageError(_("No learner %(id)s.") % {"id": ascii(given[:80])}, code="unknown_learner")
-    return [found[name] for name in wanted]
-
-
-def _matching(condition: Q, lowered_ids: Sequence[str]) -> list[tuple[str, UUID]]:
-    rows = Learner.objects.annotate(lowered=Lower("learner_id")).filter(condition | Q(lowered__in=lowered_ids))
-    return list(rows.values_list("learner_id", "pk"))
-
-
-def _as_uuid(text: str) -> UUID | None:
-    try:
-        return UUID(text)
-    except ValueError:
-        return None

@@ -22,6 +22,7 @@ from federation.policies import RoundPolicy, default_policy
 from federation.rounds.eligibility import consent_refusal, select_learners
 from federation.status import active_learner_models, average_performance
 from learners.models import Learner, Pool
+from learners.registration import find_learner
 from models_store import store, versions
 from models_store.errors import StoreError
 from models_store.files import name_below_root
@@ -303,9 +304,7 @@ def _register(
 
 
 def _learner(learner_id: str) -> Learner:
-    found: Learner | None = Learner.objects.filter(learner_id__iexact=learner_id).first() if "\0" not in learner_id else None
-    if found is None:
-        raise UsageError(_("learner_id names no learner: %s") % ascii(learner_id[:80]), code="unknown_learner")
+    found = find_learner(learner_id=learner_id)
     refusal = consent_refusal(found)
     if found.pool != Pool.FEDERATED or refusal in ("withdrawn", "no_consent_training"):
         why = refusal or "wrong_pool"

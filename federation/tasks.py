@@ -92,6 +92,21 @@ def _train_learner_models(context: JobContext) -> Mapping[str, Any]:
     return report.to_json()
 
 
+def _decide_round(context: JobContext) -> Mapping[str, Any]:
+    from federation.models import AggregationRound
+    from federation.rounds import promotion
+    from federation.rounds.report import describe_round
+
+    params = _params(context, allowed=("round", "decision", "reason"))
+    row = AggregationRound.objects.get(pk=params["round"])
+    if not (context.job.starts > 1 and row.is_terminal):
+        promotion.decide_round(
+            round_=row, decision=str(params["decision"]), reason=str(params.get("reason") or ""), actor=_actor(context)
+        )
+        row.refresh_from_db()
+    return describe_round(row)
+
+
 def _rebase(context: JobContext) -> Mapping[str, Any]:
     from federation.rounds import rebase
     from models_store import versions
@@ -126,6 +141,7 @@ def register_kinds() -> None:
     )
     register(JobKind(name="promote_main_model", label=_("Promote a main model version"), run=_promote_main_model))
     register(JobKind(name="rollback_main_model", label=_("Roll back to a main model version"), run=_rollback_main_model))
+    register(JobKind(name="decide_round", label=_("Decide on a waiting round"), run=_decide_round))
     register(JobKind(name="rebase", label=_("Move learners' models to the active version"), run=_rebase))
 
 

@@ -41,8 +41,8 @@ def _clone_consequences(queryset: QuerySet[Any]) -> list[str]:
         )
         % {"n": ready},
         ngettext(
-            "%(n)s learner is left out: not in the federated pool, without consent to training, withdrawn, or with a model already.",
-            "%(n)s learners are left out: not in the federated pool, without consent to training, withdrawn, or with a model already.",
+            "%(n)s learner is left out: of another pool, without consent to training, withdrawn, or with a model already.",
+            "%(n)s learners are left out: of another pool, without consent to training, withdrawn, or with a model already.",
             rest,
         )
         % {"n": rest},
@@ -66,7 +66,7 @@ def _train_consequences(queryset: QuerySet[Any]) -> list[str]:
             rest,
         )
         % {"n": rest},
-        _("Afterwards each model is compared with the main model; a learner whose own model is not better is served by the main model."),
+        _("Afterwards each model is compared with the main model; where a learner's own is not better, the main model serves."),
     ]
 
 
@@ -114,7 +114,16 @@ class OrganisationMembershipAdmin(ConsoleAdmin):
 class LearnerAdmin(ReadOnlyAdmin):
     """Learners: pool, consents and model, with the actions that give and train models."""
 
-    list_display = ("learner_id", "organisation", "pool", "grade_band", "may_train", "may_contribute", "model_status", "withdrawn_at")
+    list_display = (
+        "learner_id",
+        "organisation",
+        "pool",
+        "grade_band",
+        "may_train",
+        "may_contribute",
+        "model_status",
+        "withdrawn_at",
+    )
     list_filter = ("pool", "organisation", "grade_band", "consent_training", "consent_contribution", "personalized_model__status")
     search_fields = ("^learner_id", "=subject_key")
     search_help_text = gettext_lazy("Beginning of the learner id, or the whole subject key")

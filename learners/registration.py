@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from django.db import IntegrityError, transaction
@@ -46,15 +46,20 @@ def register_organisation(*, slug: str, name: str = "") -> Organisation:
     return organisation
 
 
-def find_learner(*, learner_id: str) -> Learner:
+def find_learner(*, learner_id: str, related: Sequence[str] = ()) -> Learner:
     """The learner with this id; upper and lower case do not matter.
+
+    Args:
+        related: relations to fetch with it, as ``select_related`` takes them.
 
     Raises:
         UnknownName: ``unknown_learner``.
     """
-    learner: Learner | None = Learner.objects.filter(learner_id__iexact=learner_id).first()
+    known = re.match(LEARNER_ID_PATTERN, learner_id) is not None  # anything else may hold what a database refuses to look up
+    rows = Learner.objects.select_related(*related) if related else Learner.objects.all()
+    learner: Learner | None = rows.filter(learner_id__iexact=learner_id).first() if known else None
     if learner is None:
-        raise UnknownName(_("No learner has this learner_id."), code="unknown_learner")
+        raise UnknownName(_("learner_id names no learner: %(id)s") % {"id": ascii(learner_id[:80])}, code="unknown_learner")
     return learner
 
 

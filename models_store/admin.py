@@ -12,7 +12,7 @@ from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 from unfold.decorators import display
 
-from aivo_site.console.actions import JobAction, ReasonForm, admin_action
+from aivo_site.console.actions import JobAction, ReasonForm, admin_action, select_one
 from aivo_site.console.admin_base import ReadOnlyAdmin
 from aivo_site.errors import DomainError
 from models_store.models import CurriculumPreparation, MainModelVersion, PersonalizedModel, VersionStatus
@@ -37,16 +37,8 @@ class AggregateForm(forms.Form):
     )
 
 
-def _the_one(queryset: QuerySet[Any]) -> MainModelVersion:
-    rows = list(queryset[:2])
-    if len(rows) != 1:
-        raise DomainError(_("Select exactly one version for this."), code="select_one")
-    row: MainModelVersion = rows[0]
-    return row
-
-
 def _aggregate_consequences(queryset: QuerySet[Any]) -> list[str]:
-    row = _the_one(queryset)
+    row: MainModelVersion = select_one(queryset)
     if row.status != VersionStatus.ACTIVE:
         raise DomainError(_("A round starts from the active version; %s is not active.") % row.version, code="not_active")
     return [
@@ -57,7 +49,7 @@ def _aggregate_consequences(queryset: QuerySet[Any]) -> list[str]:
 
 
 def _promote_consequences(queryset: QuerySet[Any]) -> list[str]:
-    row = _the_one(queryset)
+    row: MainModelVersion = select_one(queryset)
     allowed = (VersionStatus.CANDIDATE, VersionStatus.REJECTED)
     if row.status not in allowed:
         raise DomainError(
@@ -75,7 +67,7 @@ def _promote_consequences(queryset: QuerySet[Any]) -> list[str]:
 
 
 def _rollback_consequences(queryset: QuerySet[Any]) -> list[str]:
-    row = _the_one(queryset)
+    row: MainModelVersion = select_one(queryset)
     if row.status != VersionStatus.ARCHIVED:
         raise DomainError(
             _("Only an archived version can be made active again; %(version)s is “%(status)s”.")
@@ -89,7 +81,7 @@ def _rollback_consequences(queryset: QuerySet[Any]) -> list[str]:
 
 
 def _version_params(queryset: QuerySet[Any], cleaned: Mapping[str, Any]) -> dict[str, Any]:
-    return {"version": _the_one(queryset).version, "reason": cleaned["reason"]}
+    return {"version": select_one(queryset).version, "reason": cleaned["reason"]}
 
 
 AGGREGATE = JobAction(
@@ -149,7 +141,16 @@ class MainModelVersionAdmin(ReadOnlyAdmin):
 class PersonalizedModelAdmin(ReadOnlyAdmin):
     """Each learner's own model: where it stands and which model serves."""
 
-    list_display = ("learner", "status", "backend", "source_version", "version", "serving_choice", "improvement", "last_trained_at")
+    list_display = (
+        "learner",
+        "status",
+        "backend",
+        "source_version",
+        "version",
+        "serving_choice",
+        "improvement",
+        "last_trained_at",
+    )
     list_filter = ("status", "serving_choice", "backend", "source_version")
     search_fields = ("^learner__learner_id",)
     search_help_text = gettext_lazy("Beginning of the learner id")

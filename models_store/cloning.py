@@ -6,7 +6,6 @@ version's. Files are immutable and a changed tail is a new file, so that changin
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,8 +21,9 @@ from aivo_core.network import FloatArray, NetworkError, NetworkSpec
 from aivo_core.samples import Samples
 from aivo_site.audit.services import record
 from aivo_site.errors import UsageError
-from learners.models import LEARNER_ID_PATTERN, Learner, Pool
-from learners.registration import find_organisation
+from learners.models import Learner, Pool
+from learners.registration import find_learner
+from learners.selection import check_limit, select_learners
 from models_store import clones
 from models_store.clones import Comparison
 from models_store.errors import CloneError, StoreError, VersionConflict
@@ -109,37 +109,18 @@ def learners_to_clone(
     """The learners that a door's request means, by id.
 
     Args:
-        learner_ids: exactly these, of whatever pool; empty: all of ``pool``, of one organisation's slug if one is given.
+        learner_ids: exactly these, of whatever pool, by learner id or primary key; empty: all of ``pool``.
         limit: at most so many of those who may have a clone and have none yet.
 
     Raises:
-        UsageError: ``unknown_learner`` naming the first, ``unknown_organisation``, ``bad_limit``, ``unknown_pool``.
+        UsageError: as ``select_learners``, or ``bad_limit``.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(_("limit must be at least 1, not %(limit)s.") % {"limit": limit}, code="bad_limit")
-    if pool not in Pool.values:
-        message = _("pool must be one of %(allowed)s, not %(pool)s.")
-        raise UsageError(message % {"allowed": ", ".join(Pool.values), "pool": ascii(pool[:40])}, code="unknown_pool")
-    learners: QuerySet[Any] = Learner.objects.order_by("learner_id")
-    if organisation:
-        learners = learners.filter(organisation=find_organisation(slug=organisation))
-    learners = learners.filter(pk__in=_keys_of(learner_ids)) if learner_ids else learners.filter(pool=pool)
+    check_limit(limit)
+    learners = select_learners(learner_ids=learner_ids, organisation=organisation, pool=pool)
     if limit is None:
         return learners
     without = Q(personalized_model=None) | Q(personalized_model__weights_path="", personalized_model__status__in=REUSABLE)
     return learners.filter(without, consent_training=True, withdrawn_at=None)[:limit]
-
-
-def _keys_of(learner_ids: Sequence[str]) -> list[Any]:
-    return [_learner(learner_id).pk for learner_id in learner_ids]
-
-
-def _learner(learner_id: str) -> Learner:
-    known = re.fullmatch(LEARNER_ID_PATTERN, learner_id) is not None
-    learner: Learner | None = Learner.objects.filter(learner_id__iexact=learner_id).first() if known else None
-    if learner is None:
-        raise UsageError(_("No learner %(id)s.") % {"id": ascii(learner_id[:80])}, code="unknown_learner")
-    return learner
 
 
 def check_freeze_layers(freeze_layers: Sequence[str]) -> None:
@@ -234,7 +215,7 @@ class ModelCloner:
         if learner_model_path and name_below_root(alias=LEARNER_MODELS, text=learner_model_path) is None:
             message = _("learner_model_path must lie inside the learner store, not %(path)s.")
             raise UsageError(message % {"path": ascii(learner_model_path[:80])}, code="bad_path")
-        learner = _learner(learner_id)
+        learner = find_learner(learner_id=learner_id)
         base = _with_freeze_layers(load_version(version), freeze_layers)
         report = clone_learners(learners=[learner], version=version, freeze_layers=freeze_layers, actor=self._actor)
         for reason in (*report.skipped, *report.failed):

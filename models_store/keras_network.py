@@ -26,6 +26,7 @@ from aivo_core.network import (
     check_weights,
 )
 from aivo_core.ordinal import CLASSES, MIN_PROBABILITY
+from models_store.quiet_import import without_start_notices
 
 BATCH_NORM_MOMENTUM = 0.99
 """Share of the old moving statistic that one training step keeps, Keras's default."""
@@ -63,10 +64,13 @@ def configure_tensorflow(threads: int | None = None) -> int:
     if _configured_threads is not None and threads in (None, _configured_threads):
         return _configured_threads
     wanted = threads or DEFAULT_THREADS
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    import keras
-    import tensorflow as tf
+    with without_start_notices():
+        import keras
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()
 
     if keras.backend.backend() != "tensorflow":
         raise KerasSetupError(f"Keras must run on tensorflow, not on {keras.backend.backend()}", code="bad_backend")

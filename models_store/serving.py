@@ -7,7 +7,6 @@ whose success chance is nearest the target is recommended. Content is the networ
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +22,8 @@ from aivo_core.inference import FoldedNetwork, blend
 from aivo_core.network import FloatArray
 from aivo_core.ordinal import attained_level, success_curve
 from aivo_site.errors import UsageError
-from learners.models import LEARNER_ID_PATTERN, Learner
+from learners.models import Learner
+from learners.registration import find_learner
 from models_store.cache import RecentlyUsed
 from models_store.clones import base_of
 from models_store.errors import StoreError
@@ -129,7 +129,7 @@ def recommend(learner_id: str, *, target: float = DEFAULT_TARGET) -> Recommendat
     """
     if not 0.0 < target < 1.0:
         raise UsageError(_("target must lie between 0 and 1, not %(target)s.") % {"target": target}, code="bad_target")
-    learner = _learner(learner_id)
+    learner = find_learner(learner_id=learner_id, related=("personalized_model__source_version",))
     loaded, network, served_by = _network_for(learner)
     state = current_state(learner, loaded.encoder)
     if not state.events:
@@ -143,15 +143,6 @@ def clear_serving_cache() -> None:
 
 
 _networks: RecentlyUsed[tuple[str, int, str, float], FoldedNetwork] = RecentlyUsed(CACHED_NETWORKS)
-
-
-def _learner(learner_id: str) -> Learner:
-    known = re.fullmatch(LEARNER_ID_PATTERN, learner_id) is not None
-    rows = Learner.objects.filter(learner_id__iexact=learner_id).select_related("personalized_model__source_version")
-    learner: Learner | None = rows.first() if known else None
-    if learner is None:
-        raise UsageError(_("No learner %(id)s.") % {"id": ascii(learner_id[:80])}, code="unknown_learner")
-    return learner
 
 
 def _network_for(learner: Learner) -> tuple[LoadedVersion, FoldedNetwork, ServedBy]:

@@ -53,8 +53,10 @@ def _train_main(context: JobContext) -> Mapping[str, Any]:
 def _clone(context: JobContext) -> Mapping[str, Any]:
     """``params``: ``learner_ids``, ``organisation``, ``pool``, ``limit`` choose; ``freeze_layers``, ``version`` say how."""
     from models_store.cloning import clone_learners, learners_to_clone
+    from models_store.provisioning.decision import check_cloning_allowed
     from models_store.versions import resolve_version
 
+    check_cloning_allowed()
     params = dict(context.params)
     freeze_layers, version = params.pop("freeze_layers", None), params.pop("version", "")
     learners = learners_to_clone(**params)

@@ -62,6 +62,18 @@ class JobAction:
     form: type[forms.Form] = NoForm
 
 
+def select_one(queryset: QuerySet[Any]) -> Any:
+    """The one selected row.
+
+    Raises:
+        DomainError: ``select_one``: none or several are selected.
+    """
+    rows = list(queryset[:2])
+    if len(rows) != 1:
+        raise DomainError(_("Select exactly one row for this."), code="select_one")
+    return rows[0]
+
+
 def admin_action(action: JobAction) -> Callable[[Any, HttpRequest, QuerySet[Any]], HttpResponse | None]:
     """The function that a ModelAdmin lists in ``actions``."""
 

@@ -18,9 +18,9 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]
     warn_unsaved_form = True
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
-        queryset = super().get_queryset(request)
-        visible_to = getattr(queryset, "visible_to", None)
-        return visible_to(request.user) if visible_to is not None else queryset
+        queryset: QuerySet[Any] = super().get_queryset(request)
+        scoped: QuerySet[Any] = queryset.visible_to(request.user) if hasattr(queryset, "visible_to") else queryset
+        return scoped
 
     def has_permission_named(self, request: HttpRequest, permission: str) -> bool:
         """Whether the user holds ``app.codename``; actions name the permission of what they will do."""

@@ -7,6 +7,7 @@ from uuid import UUID
 
 from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
+from django.db import transaction
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.shortcuts import get_object_or_404
 from django.template.response import TemplateResponse
@@ -17,6 +18,7 @@ from django.utils.translation import gettext_lazy, ngettext
 from django.views.decorators.http import require_POST
 from unfold.decorators import display
 
+from aivo_site.audit import services as audit
 from aivo_site.console.admin_base import ReadOnlyAdmin
 from aivo_site.errors import DomainError
 from aivo_site.jobs import services
@@ -116,7 +118,11 @@ class JobAdmin(ReadOnlyAdmin):
         if not self._may_cancel(request):
             raise PermissionDenied
         try:
-            services.request_cancel(job=job, actor=request.user.get_username())
+            with transaction.atomic():
+                services.request_cancel(job=job, actor=request.user.get_username())
+                audit.record(
+                    action="job.cancel_requested", actor=request.user.get_username(), object_type="Job", object_id=str(job.pk)
+                )
         except DomainError as error:
             messages.warning(request, str(error))
         else:

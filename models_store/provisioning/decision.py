@@ -58,6 +58,20 @@ def check_configured() -> None:
         )
 
 
+def check_cloning_allowed() -> None:
+    """Refuse to clone in bulk where federated learning is switched off.
+
+    Raises:
+        ProvisioningError: ``not_configured``, or ``federated_learning_off`` where learners get fine-tuned models instead.
+    """
+    check_configured()
+    if not settings.USE_FEDERATED_LEARNING:
+        raise ProvisioningError(
+            _("USE_FEDERATED_LEARNING is off: learners get fine-tuned models (OPENAI_API_KEY is set). Set it to true to clone."),
+            code="federated_learning_off",
+        )
+
+
 def decide() -> Decision:
     """A clone where federated learning is on and a main version is active, otherwise fine-tuning where a key is set.
 

@@ -72,7 +72,11 @@ def test_the_environment_wins_over_the_file(elsewhere: Path, monkeypatch: pytest
 
 def test_the_example_file_names_exactly_what_is_read() -> None:
     lines = (REPOSITORY / ".env.example").read_text().splitlines()
-    named = {line.removeprefix("# ").split("=")[0] for line in lines if "=" in line and " " not in line.removeprefix("# ").split("=")[0]}
+    named = {
+        line.removeprefix("# ").split("=")[0]
+        for line in lines
+        if "=" in line and " " not in line.removeprefix("# ").split("=")[0]
+    }
     assert named == environment.NAMES
 
 
@@ -90,7 +94,12 @@ def test_nothing_starts_without_a_secret_key(tmp_path: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if name not in environment.NAMES}
     kept["SECRET_KEY"] = ""
     done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "manage.py"), "check"], env=kept, capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, str(REPOSITORY / "manage.py"), "check"],
+        env=kept,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert done.returncode != 0
     assert "SECRET_KEY is not set" in done.stderr

@@ -12,6 +12,7 @@ from aivo_site.commands import EXIT_DONE, EXIT_FAILED
 from aivo_site.errors import UsageError
 from learners.models import Pool
 from models_store.cloning import check_freeze_layers, learners_to_clone
+from models_store.provisioning.decision import check_cloning_allowed
 from models_store.management.job_command import JobCommand
 from models_store.tasks import CLONE_LEARNER_MODELS
 
@@ -32,6 +33,7 @@ class Command(JobCommand):
         parser.add_argument("--limit", type=int, help=_("at most so many learners who have no clone yet"))
 
     def params(self, options: dict[str, Any]) -> dict[str, Any]:
+        check_cloning_allowed()
         params: dict[str, Any] = {
             "learner_ids": options["learner"],
             "organisation": options["organisation"],
