@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from uuid import UUID
 
 import numpy as np
+from django.db import transaction
 from django.db.models import Count, QuerySet
 
 from aivo_core.network import FloatArray, NetworkSpec
@@ -52,8 +53,9 @@ def create_cohort(round_: AggregationRound, selected: Sequence[LearnerVerdict], 
 
 def attach_session(contribution: Contribution, session: ModelTrainingSession) -> None:
     """Make a session the round trained the one that a contribution stands for; again changes nothing."""
-    contribution.sessions.add(session)
-    Contribution.objects.filter(pk=contribution.pk, verdict=Verdict.PENDING).update(samples=session.samples)
+    with transaction.atomic():  # with a session and without its samples the learner would not be asked again, and be rejected
+        contribution.sessions.add(session)
+        Contribution.objects.filter(pk=contribution.pk, verdict=Verdict.PENDING).update(samples=session.samples)
 
 
 def pending_rows(round_: AggregationRound) -> QuerySet[Contribution]:

@@ -82,13 +82,34 @@ def after(module: Any, name: str, *, call: int = 1) -> Arrange:
     return arrange
 
 
+def before_update(model: Any, *fields: str, call: int = 1) -> Arrange:
+    """Arrange that ``die`` is called instead of the ``call``-th UPDATE of exactly these fields of a model."""
+    from django.db.models import QuerySet
+
+    def arrange(die: Die, put: Put = setattr) -> None:
+        real, calls = QuerySet.update, [0]
+
+        def dying(rows: QuerySet[Any], **values: Any) -> int:
+            if rows.model is model and set(values) == set(fields):
+                calls[0] += 1
+                if calls[0] == call:
+                    die()
+            return real(rows, **values)
+
+        put(QuerySet, "update", dying)
+
+    return arrange
+
+
 def _points() -> dict[str, Arrange]:
+    from federation.models import Contribution
     from federation.rounds import aggregation, candidate, cohort, evidence, intake, lifecycle, promotion
     from models_store import store, versions
 
     return {
         "after the round's row": after(lifecycle, "claim_round"),
         "in the cohort": after(cohort, "create_cohort"),
+        "between a contribution's session and its samples": before_update(Contribution, "samples", call=3),
         "after a contribution": after(cohort, "attach_session", call=3),
         "after a verdict": after(intake, "inspect", call=3),
         "before quarantine": before(intake, "quarantine_outliers"),
@@ -110,7 +131,8 @@ class _Points:
     """The points by name; looked up late, since the modules need Django to be set up."""
 
     names = (
-        "after the round's row", "in the cohort", "after a contribution", "after a verdict", "before quarantine",
+        "after the round's row", "in the cohort", "between a contribution's session and its samples",
+        "after a contribution", "after a verdict", "before quarantine",
         "after consents were checked again", "after the attempt's row", "after the aggregate's file",
         "in the transaction of the aggregate", "after the aggregate's row", "after the gate", "after the candidate's files",
         "after the candidate's row", "in the transaction of the promotion", "at the end of the promotion's transaction",
