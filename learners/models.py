@@ -18,9 +18,9 @@ LEARNER_ID_PATTERN = r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z"
 
 
 class Pool(models.TextChoices):
-    CURRICULUM = "CURRICULUM", _("curriculum: trains the main model")
-    FEDERATED = "FEDERATED", _("federated: has a personal model, may contribute to rounds")
-    EVALUATION = "EVALUATION", _("evaluation: measures versions, never trains")
+    CURRICULUM = "CURRICULUM", _("curriculum")
+    FEDERATED = "FEDERATED", _("federated")
+    EVALUATION = "EVALUATION", _("evaluation")
 
 
 class ConsentKind(models.TextChoices):
@@ -93,7 +93,15 @@ class Learner(Row):
     organisation = models.ForeignKey(
         Organisation, verbose_name=_("organisation"), on_delete=models.PROTECT, related_name="learners"
     )
-    pool = models.CharField(_("pool"), max_length=16, choices=Pool.choices, default=Pool.FEDERATED)
+    pool = models.CharField(
+        _("pool"),
+        max_length=16,
+        choices=Pool.choices,
+        default=Pool.FEDERATED,
+        help_text=_(
+            "Curriculum trains the main model; federated has a personal model and may contribute; evaluation only measures."
+        ),
+    )
     grade_band = models.CharField(_("grade band"), max_length=32, blank=True)
     profile = models.JSONField(_("profile"), default=dict, blank=True, help_text=_("Needs, accommodations, language; no names."))
     consent_training = models.BooleanField(_("consent to training"), default=False)

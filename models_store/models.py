@@ -14,14 +14,14 @@ class VersionStatus(models.TextChoices):
     TRAINING = "TRAINING", _("being made")
     CANDIDATE = "CANDIDATE", _("waiting for a decision")
     ACTIVE = "ACTIVE", _("active")
-    ARCHIVED = "ARCHIVED", _("archived: was active")
-    DEPRECATED = "DEPRECATED", _("deprecated: not to be made active again")
+    ARCHIVED = "ARCHIVED", _("archived")
+    DEPRECATED = "DEPRECATED", _("deprecated")
     REJECTED = "REJECTED", _("rejected")
 
 
 class VersionOrigin(models.TextChoices):
-    TRAINED = "TRAINED", _("trained on curriculum data")
-    FEDERATED = "FEDERATED", _("made by a federated round")
+    TRAINED = "TRAINED", _("curriculum training")
+    FEDERATED = "FEDERATED", _("federated round")
     IMPORTED = "IMPORTED", _("imported")
 
 
@@ -84,7 +84,13 @@ class MainModelVersion(Row):
     content_mix = models.FloatField(
         _("content mix"), default=0.0, help_text=_("Weight of the encoder's own forecast in the content head's, 0..0.4.")
     )
-    status = models.CharField(_("status"), max_length=16, choices=VersionStatus.choices, default=VersionStatus.TRAINING)
+    status = models.CharField(
+        _("status"),
+        max_length=16,
+        choices=VersionStatus.choices,
+        default=VersionStatus.TRAINING,
+        help_text=_("Archived was active and can be brought back; deprecated cannot."),
+    )
     origin = models.CharField(_("origin"), max_length=16, choices=VersionOrigin.choices, default=VersionOrigin.TRAINED)
     training_fingerprint = models.CharField(
         _("training fingerprint"),

@@ -111,6 +111,7 @@ def page(browser: Browser, installation: Installation) -> Iterator[Page]:
     tab = context.new_page()
     faults: list[str] = []
     tab.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    tab.on("response", lambda answer: faults.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
     tab.on("pageerror", lambda error: faults.append(str(error)))
     tab.goto("/admin/login/")
     tab.fill("input[name=username]", "operator")
