@@ -50,7 +50,7 @@ class JobAdmin(ReadOnlyAdmin):
     fields = (
         "kind",
         "queue",
-        "shown_state",
+        "state",
         "params",
         "requested_by",
         "starts",
@@ -63,6 +63,7 @@ class JobAdmin(ReadOnlyAdmin):
     )
 
     class Media:
+        css = {"all": ("console/console.css",)}
         js = ("console/job_progress.js",)
 
     @display(description=gettext_lazy("state"), ordering="state", label=STATE_COLOURS)

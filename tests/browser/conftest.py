@@ -109,6 +109,7 @@ def page(browser: Browser, installation: Installation) -> Iterator[Page]:
     """A signed-in page; any console error, failed request or policy violation fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, base_url=installation.url)
     tab = context.new_page()
+    tab.set_default_timeout(15_000)
     faults: list[str] = []
     tab.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
     tab.on("response", lambda answer: faults.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)

@@ -12,7 +12,8 @@ from tests.browser.conftest import Installation
 
 pytestmark = pytest.mark.browser
 
-JOB_SECONDS = 120_000
+JOB_MILLISECONDS = 120_000
+CONFIRM = "form[data-once] button[type=submit]"
 PICTURES = os.environ.get("BROWSER_PICTURES", "")
 
 
@@ -23,7 +24,8 @@ def _picture(page: Page, name: str) -> None:
 
 def _choose(page: Page, action: str) -> None:
     page.select_option("select[name=action]", label=action)
-    page.click("button[name=index], button[title='Run the selected action'], .actions button[type=submit]")
+    page.click("button[title='Run the selected action']")
+    expect(page.locator("h1", has_text=action)).to_be_visible()
 
 
 def _tick(page: Page, row: int = 0) -> None:
@@ -31,7 +33,7 @@ def _tick(page: Page, row: int = 0) -> None:
 
 
 def _wait_for_state(page: Page, text: str) -> None:
-    expect(page.locator("#job-progress [data-state]")).to_have_text(text, timeout=JOB_SECONDS)
+    expect(page.locator("#job-progress [data-state]")).to_have_text(text, timeout=JOB_MILLISECONDS)
 
 
 def test_every_list_opens_and_shows_what_the_demo_left(page: Page) -> None:
@@ -58,7 +60,7 @@ def test_an_operator_trains_two_learners_and_follows_the_job(page: Page) -> None
     _choose(page, "Train their own models…")
     expect(page.locator("h2", has_text="What will happen")).to_be_visible()
     _picture(page, "confirm-train")
-    page.click("button:has-text('Train')")
+    page.click(CONFIRM)
     page.wait_for_url("**/admin/jobs/job/**")
     _wait_for_state(page, "done")
     expect(page.locator("[data-result]")).to_contain_text("trained")
@@ -71,7 +73,7 @@ def test_a_dry_run_of_a_round_says_who_would_take_part(page: Page) -> None:
     _choose(page, "Start a round from the active version…")
     page.check("input[name=dry_run]")
     _picture(page, "confirm-round")
-    page.click("button:has-text('Start the round')")
+    page.click(CONFIRM)
     page.wait_for_url("**/admin/jobs/job/**")
     _wait_for_state(page, "done")
     expect(page.locator("[data-result]")).to_contain_text("eligible")
@@ -83,11 +85,11 @@ def test_rollback_and_promotion_need_a_reason_and_then_move_the_active_version(p
         pytest.fail("the demo left no archived version to roll back to")
     _tick(page)
     _choose(page, "Roll back to this version…")
-    page.click("button:has-text('Roll back')")
+    page.click(CONFIRM)
     assert "/jobs/job/" not in page.url, "a rollback without a reason must not start"
     page.fill("textarea[name=reason]", "the newer version recommends too hard tasks")
     _picture(page, "confirm-rollback")
-    page.click("button:has-text('Roll back')")
+    page.click(CONFIRM)
     page.wait_for_url("**/admin/jobs/job/**")
     _wait_for_state(page, "done")
     assert '"active_version": "aivo-main-v1"' in installation.manage("federation_status", "--json")
@@ -96,7 +98,8 @@ def test_rollback_and_promotion_need_a_reason_and_then_move_the_active_version(p
 def test_an_action_on_the_wrong_version_is_refused_in_words(page: Page) -> None:
     page.goto("/admin/models_store/mainmodelversion/?status__exact=ACTIVE")
     _tick(page)
-    _choose(page, "Promote…")
+    page.select_option("select[name=action]", label="Promote…")
+    page.click("button[title='Run the selected action']")
     expect(page.locator("body")).to_contain_text("Only a version that waits for a decision or was rejected can be promoted")
 
 
@@ -104,7 +107,8 @@ def test_the_pages_hold_in_dark_mode_and_on_a_phone(page: Page) -> None:
     page.emulate_media(color_scheme="dark")
     page.set_viewport_size({"width": 360, "height": 740})
     page.goto("/admin/jobs/job/")
-    page.locator("#result_list a").first.click()
+    page.goto(page.locator("#result_list tbody a").first.get_attribute("href") or "")
     expect(page.locator("#job-progress")).to_be_visible()
+    expect(page.locator("#job-progress [data-state]")).to_have_text("done")
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1"), "the page scrolls sideways on a phone"
     _picture(page, "job-phone-dark")

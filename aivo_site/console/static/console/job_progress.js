@@ -1,6 +1,6 @@
 "use strict";
 // Keeps a job's page current: asks the server once a second while the job is open and the page is visible.
-(function () {
+function followJob() {
   const panel = document.getElementById("job-progress");
   if (!panel) { return; }
   const bar = panel.querySelector("progress");
@@ -52,4 +52,10 @@
     window.setTimeout(ask, pause);
   }
   ask();
-})();
+}
+
+if (document.readyState === "loading") {
+  document.addEventListener("DOMContentLoaded", followJob);
+} else {
+  followJob();
+}
