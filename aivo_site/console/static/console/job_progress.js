@@ -12,6 +12,7 @@ function followJob() {
   const failure = panel.querySelector("[data-error]");
   const notice = panel.querySelector("[data-notice]");
   const cancel = document.getElementById("job-cancel");
+  const openAtStart = panel.dataset.open === "yes";
   let lastLine = 0;
 
   function show(answer) {
@@ -43,7 +44,10 @@ function followJob() {
         }
         const answer = await response.json();
         show(answer);
-        if (answer.terminal) { return; }
+        if (answer.terminal) {
+          if (openAtStart) { window.location.reload(); } // the facts below the panel are of the time it was opened
+          return;
+        }
       } catch {
         notice.textContent = panel.dataset.unreachable;
         pause = 5000;
