@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from django.core.management.base import CommandParser
 from django.utils.translation import gettext as _
 
-from aivo_site.commands import AivoCommand, Outcome, ProgressBar
-from aivo_site.jobs import services as jobs
+from aivo_site.commands import Outcome, ProgressBar
+from aivo_site.jobs.job_command import JobCommand
 from federation import strategies
 from federation.models import ContributionSource, PromotionMode
 from federation.rounds import service
@@ -23,13 +24,14 @@ FLAGS = {
 }
 
 
-class Command(AivoCommand):
+class Command(JobCommand):
     help = (
         "Run one federated round: select learners, train or collect their contributions, check and combine them, compare "
         "the new version with the current one on learners outside the round, and promote it if it is better. "
         "Flags override the installation's policy for this round."
     )
     example: ClassVar[str] = "run_federated_aggregation --strategy fedprox --min-learners 5"
+    kind: ClassVar[str] = service.AGGREGATION_KIND
     result_keys: ClassVar[tuple[str, ...]] = (
         "round",
         "state",
@@ -60,22 +62,25 @@ class Command(AivoCommand):
         parser.add_argument("--contribution", help=_("one of: %s") % ", ".join(ContributionSource.values))
         parser.add_argument("--promotion", help=_("one of: %s") % ", ".join(PromotionMode.values))
         parser.add_argument("--no-rebase", action="store_true", help=_("do not move learners' models after a promotion"))
-        where = parser.add_mutually_exclusive_group()
-        where.add_argument("--inline", action="store_true", help=_("run here (the default)"))
-        where.add_argument("--background", action="store_true", help=_("enqueue a job and return"))
+
+    def params(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"overrides": _overrides(options), "dry_run": False, "rebase": not options["no_rebase"]}
+
+    def lines(self, result: Mapping[str, Any]) -> list[str]:
+        return _lines(result)
 
     def perform(self, options: dict[str, Any], progress: ProgressBar) -> Outcome:
-        overrides = {field: options[flag] for flag, field in FLAGS.items() if options[flag] is not None}
-        service.policy_with(overrides)
-        params = {"overrides": overrides, "dry_run": options["dry_run"], "rebase": not options["no_rebase"]}
         if options["dry_run"]:
-            result = service.aggregate(overrides=overrides, dry_run=True)
+            result = service.aggregate(overrides=_overrides(options), dry_run=True)
             return Outcome(result, _preview_lines(result))
-        if options["background"]:
-            job = jobs.enqueue(kind=service.AGGREGATION_KIND, params=params)
-            return Outcome({"job": str(job.pk)}, [_("Job %s is enqueued.") % job.pk])
-        job = jobs.run_inline(kind=service.AGGREGATION_KIND, params=params, progress=progress)
-        return Outcome(job.result or {}, _lines(job.result or {}))
+        return super().perform(options, progress)
+
+
+def _overrides(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the policy that flags set for this round, checked together with it."""
+    overrides = {field: options[flag] for flag, field in FLAGS.items() if options[flag] is not None}
+    service.policy_with(overrides)
+    return overrides
 
 
 def _preview_lines(result: dict[str, Any]) -> list[str]:
@@ -87,7 +92,7 @@ def _preview_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _lines(result: dict[str, Any]) -> list[str]:
+def _lines(result: Mapping[str, Any]) -> list[str]:
     lines = [
         _("Round %(round)d from %(base_version)s: %(state)s%(reason)s")
         % {**result, "reason": f" ({result['reason']})" if result["reason"] else ""},

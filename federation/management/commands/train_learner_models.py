@@ -9,10 +9,10 @@ from django.core.management.base import CommandParser
 from django.utils.translation import gettext as _
 
 from aivo_site.commands import EXIT_DONE, EXIT_FAILED
+from aivo_site.jobs.job_command import JobCommand
 from federation.local_training import learners_to_train, training_policy
 from federation.models import Adaptation
 from federation.tasks import TRAIN_LEARNER_MODELS
-from models_store.management.job_command import JobCommand
 
 OVERRIDES = {
     "engine": "engine", "epochs": "local_epochs", "batch_size": "batch_size", "learning_rate": "learning_rate",

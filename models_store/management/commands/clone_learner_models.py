@@ -10,9 +10,9 @@ from django.utils.translation import gettext as _
 
 from aivo_site.commands import EXIT_DONE, EXIT_FAILED
 from aivo_site.errors import UsageError
+from aivo_site.jobs.job_command import JobCommand
 from learners.models import Pool
 from models_store.cloning import check_freeze_layers, learners_to_clone
-from models_store.management.job_command import JobCommand
 from models_store.provisioning.decision import check_cloning_allowed
 from models_store.tasks import CLONE_LEARNER_MODELS
 

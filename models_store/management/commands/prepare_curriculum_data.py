@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from django.utils.translation import gettext as _
 
-from models_store.management.job_command import JobCommand
+from aivo_site.jobs.job_command import JobCommand
 from models_store.tasks import PREPARE_CURRICULUM_DATA
 
 

@@ -10,7 +10,7 @@ from django.core.management.base import CommandParser
 from django.utils.translation import gettext as _
 
 from aivo_site.errors import UsageError
-from models_store.management.job_command import JobCommand
+from aivo_site.jobs.job_command import JobCommand
 from models_store.model_card import figure_rows
 from models_store.tasks import TRAIN_MAIN_MODEL
 
