@@ -72,7 +72,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
     house.manage("collectstatic", "--noinput", "--verbosity", "0")
     house.manage("demo", "--size", "small", "--json")
     if json.loads(house.manage("federation_status", "--json"))["active_version"] == "aivo-main-v1":
-        # Learners' keys are random, so whether the gate passes the small demo's round is not certain; the tests need two versions.
+        # Learners' keys are random, so the gate's verdict on the small demo is not certain; the tests need two versions.
         house.manage("promote_main_model", "aivo-main-v2", "--reason", "the browser tests need an archived version")
     house.manage("createsuperuser", "--noinput", "--username", "operator", "--email", "operator@example.org")
     web = [sys.executable, "-m", "gunicorn", "aivo_site.wsgi:application", "--bind", f"127.0.0.1:{port}", "--threads", "4"]
