@@ -24,7 +24,8 @@ def find_organisation(*, slug: str) -> Organisation:
     Raises:
         UnknownName: ``unknown_organisation``, with the slugs that exist (the first twenty).
     """
-    organisation: Organisation | None = Organisation.objects.filter(slug=slug).first()
+    # Anything that is no slug may hold what a database refuses to look up.
+    organisation: Organisation | None = Organisation.objects.filter(slug=slug).first() if _is_slug(slug) else None
     if organisation is None:
         known = ", ".join(Organisation.objects.values_list("slug", flat=True)[:20]) or _("none yet")
         message = _("Organisation %(slug)r is unknown; known: %(known)s.") % {"slug": slug[:60], "known": known}
@@ -38,7 +39,7 @@ def register_organisation(*, slug: str, name: str = "") -> Organisation:
     Raises:
         RegistrationError: ``bad_slug``.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", slug):
+    if not _is_slug(slug):
         message = _("slug must have 1 to 50 letters, digits, hyphens or underscores.")
         raise RegistrationError(message, code="bad_slug")
     organisation: Organisation
@@ -116,6 +117,10 @@ def checked_profile(profile: Mapping[str, Any]) -> dict[str, Any]:
             form = _("a word") if key == "language" else _("a list of words")
             raise RegistrationError(message % {"key": key, "form": form}, code="bad_profile")
     return dict(profile)
+
+
+def _is_slug(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9_-]{1,50}", text) is not None
 
 
 def _is_word(value: object) -> bool:
