@@ -62,7 +62,10 @@ def _table(report: DemoReport) -> list[str]:
         )
         lines.append(_("The password is shown this once; change it in the console."))
     else:
-        lines.append(_("Administrator: %(user)s (its password was set earlier)") % {"user": report.admin_user})
+        lines.append(
+            _("Administrator: %(user)s (password set earlier; `python manage.py changepassword %(user)s` sets a new one)")
+            % {"user": report.admin_user}
+        )
     return lines
 
 
