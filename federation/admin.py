@@ -137,7 +137,9 @@ class FederationPolicyAdmin(ConsoleAdmin):
 class _ReadOnlyInline(TabularInline):  # type: ignore[misc]
     extra = 0
     can_delete = False
-    show_change_link = False
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:  # noqa: ARG002
+        return tuple(self.fields)
 
     def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
         return False

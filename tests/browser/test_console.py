@@ -53,6 +53,24 @@ def test_every_list_opens_and_shows_what_the_demo_left(page: Page) -> None:
         _picture(page, path.replace("/", "-"))
 
 
+def test_every_page_of_a_row_opens(page: Page) -> None:
+    page.goto("/admin/")
+    lists = page.evaluate("[...document.querySelectorAll('a[href^=\"/admin/\"]')].map(link => link.getAttribute('href'))")
+    places = sorted({href for href in lists if href.count("/") == 4})
+    assert len(places) >= 20
+    opened = 0
+    for place in places:
+        page.goto(place)
+        row = page.locator("#result_list tbody th a, #result_list tbody td a").first
+        if row.count() == 0:
+            continue
+        page.goto(row.get_attribute("href") or "")
+        expect(page.locator("#content")).to_be_visible()
+        _picture(page, f"row{place.replace('/', '-')}")
+        opened += 1
+    assert opened >= 14
+
+
 def test_an_operator_trains_two_learners_and_follows_the_job(page: Page) -> None:
     page.goto("/admin/learners/learner/?pool__exact=FEDERATED")
     _tick(page, 0)
