@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import Group, User
 from django.test import Client
 from django.urls import reverse
+from django.utils import timezone
 
 from aivo_site.jobs.models import Job, JobLog, JobState
+from aivo_site.jobs.services import run_here
+from federation.models import AggregationRound, RoundState
+from federation.policies import default_policy
 from learners.models import Learner, Organisation, OrganisationMembership, Pool
 from models_store.models import MainModelVersion, VersionStatus
 
@@ -190,3 +195,55 @@ def test_every_action_of_every_list_ignores_get(learners: list[Learner]) -> None
         for action in actions:
             client.get(reverse(url), {"action": action, "_selected_action": "x", "confirmed": "yes"})
     assert not Job.objects.exists()
+
+
+def _policy_form(client: Client, url: str) -> dict[str, Any]:
+    form = client.get(url).context["adminform"].form
+    return {name: value for name in form.fields if (value := form[name].value()) is not None and value is not False}
+
+
+def test_a_policy_that_no_round_could_run_is_refused_where_it_is_written() -> None:
+    policy = default_policy()
+    client = _signed_in(_user("op", "Operator"))
+    url = reverse("admin:federation_federationpolicy_change", args=[policy.pk])
+    values = {**_policy_form(client, url), "strategy_parameters": "{}", "guarded_metrics": "{}"}
+    for wrong, words in (
+        ({"differential_privacy": "on"}, "privacy"),
+        ({"server_learning_rate": "0"}, "1e-06"),
+        ({"contribution_source": "sessions", "adaptation": "difficulty_bias"}, "difficulty_bias"),
+    ):
+        page = client.post(url, {**values, **wrong})
+        assert page.status_code == 200
+        assert words in page.content.decode()
+        policy.refresh_from_db()
+        assert (policy.differential_privacy, policy.server_learning_rate, policy.contribution_source) == (False, 1.0, "round")
+    saved = client.post(url, {**values, "minimum_learners": "8"})
+    assert saved.status_code == 302, saved.context["adminform"].form.errors
+    policy.refresh_from_db()
+    assert policy.minimum_learners == 8
+
+
+def test_a_waiting_round_is_decided_with_a_reason_by_someone_who_may() -> None:
+    base, candidate = _version(1, VersionStatus.ACTIVE), _version(2, VersionStatus.CANDIDATE)
+    waiting = AggregationRound.objects.create(
+        sequence=1,
+        state=RoundState.AWAITING_DECISION,
+        policy={},
+        base_version=base,
+        candidate_version=candidate,
+        deadline=timezone.now() + timedelta(days=1),
+    )
+    url = reverse("admin:federation_aggregationround_changelist")
+    auditor = _signed_in(_user("auditor", "Auditor"))
+    assert "You may not do this" in auditor.post(url, _selection("reject_candidate", [waiting]), follow=True).content.decode()
+    client = _signed_in(_user("op", "Operator"))
+    token = _token(client.post(url, _selection("reject_candidate", [waiting])).content)
+    confirmed = {**_selection("reject_candidate", [waiting]), "confirmed": "yes", "token": token}
+    client.post(url, {**confirmed, "reason": "worse for the youngest"})
+    job = Job.objects.get()
+    assert (job.kind, job.params["decision"]) == ("decide_round", "reject")
+    run_here(job=job)
+    waiting.refresh_from_db()
+    candidate.refresh_from_db()
+    assert (waiting.state, candidate.status) == (RoundState.REJECTED, VersionStatus.REJECTED)
+    assert "worse for the youngest" in waiting.reason
