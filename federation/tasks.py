@@ -25,7 +25,7 @@ def _run_federated_aggregation(context: JobContext) -> Mapping[str, Any]:
             dry_run=bool(params.get("dry_run", False)),
             with_rebase=bool(params.get("rebase", True)),
             job=context.job,
-            actor=_actor(context),
+            actor=context.actor,
             progress=context.progress,
             should_stop=context.should_stop,
         ),
@@ -41,7 +41,7 @@ def _promote_main_model(context: JobContext) -> Mapping[str, Any]:
         lambda: service.promote(
             version=str(params.get("version") or ""),
             reason=str(params.get("reason") or ""),
-            actor=_actor(context),
+            actor=context.actor,
             with_rebase=bool(params.get("rebase", True)),
             again=context.job.starts > 1,
             progress=context.progress,
@@ -59,7 +59,7 @@ def _rollback_main_model(context: JobContext) -> Mapping[str, Any]:
         lambda: service.roll_back(
             version=str(params["version"]) if params.get("version") else None,
             reason=str(params.get("reason") or ""),
-            actor=_actor(context),
+            actor=context.actor,
             with_rebase=bool(params.get("rebase", True)),
             again=context.job.starts > 1,
             progress=context.progress,
@@ -80,7 +80,7 @@ def _train_learner_models(context: JobContext) -> Mapping[str, Any]:
         ),
         policy=local_training.training_policy(params.get("overrides")),
         force=bool(params.get("force", False)),
-        actor=_actor(context),
+        actor=context.actor,
         progress=context.progress,
         should_stop=context.should_stop,
     )
@@ -101,7 +101,7 @@ def _decide_round(context: JobContext) -> Mapping[str, Any]:
     row = AggregationRound.objects.get(pk=params["round"])
     if not (context.job.starts > 1 and row.is_terminal):
         promotion.decide_round(
-            round_=row, decision=str(params["decision"]), reason=str(params.get("reason") or ""), actor=_actor(context)
+            round_=row, decision=str(params["decision"]), reason=str(params.get("reason") or ""), actor=context.actor
         )
         row.refresh_from_db()
     return describe_round(row)
@@ -161,8 +161,3 @@ def _params(context: JobContext, *, allowed: tuple[str, ...]) -> Mapping[str, An
     if unknown:
         raise UsageError(f"params may be {', '.join(allowed)}, not {', '.join(unknown)}", code="bad_params")
     return context.params
-
-
-def _actor(context: JobContext) -> str:
-    user = context.job.requested_by
-    return user.get_username() if user is not None else context.job.kind

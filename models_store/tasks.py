@@ -32,7 +32,7 @@ def register_kinds() -> None:
 def _prepare(context: JobContext) -> Mapping[str, Any]:
     from models_store.preparing import prepare_curriculum
 
-    return prepare_curriculum(actor=_actor(context), progress=context.progress).to_json()
+    return prepare_curriculum(actor=context.actor, progress=context.progress).to_json()
 
 
 def _train_main(context: JobContext) -> Mapping[str, Any]:
@@ -41,7 +41,7 @@ def _train_main(context: JobContext) -> Mapping[str, Any]:
     from models_store.main_training import train_main
 
     try:
-        report = train_main(**context.params, actor=_actor(context), progress=context.progress, should_stop=context.should_stop)
+        report = train_main(**context.params, actor=context.actor, progress=context.progress, should_stop=context.should_stop)
     except TrainingInterrupted:
         context.check_cancelled()
         raise
@@ -66,7 +66,7 @@ def _clone(context: JobContext) -> Mapping[str, Any]:
         learners=learners,
         version=resolve_version(version) if version else None,
         freeze_layers=freeze_layers,
-        actor=_actor(context),
+        actor=context.actor,
         progress=context.progress,
         should_stop=context.should_stop,
     )
@@ -80,8 +80,3 @@ def _collect_garbage(context: JobContext) -> Mapping[str, Any]:
 
     hours = context.params.get("older_than_hours")
     return collect_garbage(older_than=GRACE if hours is None else timedelta(hours=hours)).to_json()
-
-
-def _actor(context: JobContext) -> str:
-    user = context.job.requested_by
-    return user.get_username() if user is not None else context.job.kind

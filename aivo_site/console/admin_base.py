@@ -22,10 +22,6 @@ class ConsoleAdmin(ModelAdmin):  # type: ignore[misc]
         scoped: QuerySet[Any] = queryset.visible_to(request.user) if hasattr(queryset, "visible_to") else queryset
         return scoped
 
-    def has_permission_named(self, request: HttpRequest, permission: str) -> bool:
-        """Whether the user holds ``app.codename``; actions name the permission of what they will do."""
-        return bool(request.user.has_perm(permission))
-
 
 class ReadOnlyAdmin(ConsoleAdmin):
     """A table that only the product writes: shown, searched, never edited by hand."""

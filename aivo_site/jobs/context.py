@@ -23,6 +23,12 @@ class JobContext:
         self._reporter = reporter
         self._progress = progress
 
+    @property
+    def actor(self) -> str:
+        """Who acts, as the audit log names them: the user that asked for the job, else its kind."""
+        user = self.job.requested_by
+        return user.get_username() if user is not None else self.job.kind
+
     def progress(self, done: int, total: int, message: str = "") -> None:
         """Say how far the work is; cheap enough to call for every learner (written at most twice a second)."""
         self._reporter.report(done, total, message)

@@ -61,8 +61,3 @@ def get_kind(name: str) -> JobKind:
         return _KINDS[name]
     except KeyError:
         raise UnknownKind(f"kind must be one of {', '.join(sorted(_KINDS))}, not {name!r}") from None
-
-
-def all_kinds() -> tuple[JobKind, ...]:
-    """Every registered kind, by name."""
-    return tuple(_KINDS[name] for name in sorted(_KINDS))
