@@ -1,25 +1,33 @@
-"""Every benchmark, one after the other: ``python -m benchmarks [--json]``."""
+"""Every benchmark, one after the other, each in a process of its own: ``python -m benchmarks [--json] [--full]``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 
-from benchmarks import keras_memory
+from benchmarks.harness import ROOT
+
+MODULES = ("keras_memory",)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    as_json = parser.parse_args().json
-    results = {"keras_memory": keras_memory.measure(learners=300, warm_up=20, samples=100)}
-    if as_json:
-        print(json.dumps(results))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object: figures by benchmark")
+    parser.add_argument("--full", action="store_true", help="the sizes of docs/performance.md instead of quick ones")
+    options = parser.parse_args()
+    sizes = ["--full"] if options.full else []
+    if options.json:
+        print(json.dumps({name: json.loads(_output(name, ["--json", *sizes])) for name in MODULES}))
         return
-    for name, figures in results.items():
-        print(name)
-        for key, value in figures.items():
-            print(f"  {key:28} {value}")
+    for name in MODULES:
+        print(_output(name, sizes), flush=True)
+
+
+def _output(name: str, arguments: list[str]) -> str:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

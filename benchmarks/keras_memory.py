@@ -9,12 +9,8 @@ of wall time and of CPU time. Features and labels are random: speed and memory d
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,29 +18,22 @@ import numpy as np
 from aivo_core.engine.contract import LearnerTask, LocalTrainingConfig
 from aivo_core.network import CONTENT_HEAD, PATH_HEAD, FloatArray, NetworkSpec
 from aivo_core.samples import Samples
+from benchmarks.harness import Benchmark, Report, Table, resident_mb
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learners", type=int, default=300, help="learners after the warm-up")
     parser.add_argument("--warm-up", type=int, default=20, help="learners before measuring starts")
     parser.add_argument("--samples", type=int, default=100, help="samples per learner")
     parser.add_argument("--adaptation", default="tail", choices=("tail", "difficulty_bias", "tail_then_bias"))
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args()
-    if min(arguments.learners, arguments.samples) < 2 or arguments.warm_up < 1:
-        parser.error("--learners and --samples must be at least 2, --warm-up at least 1")
-    figures = measure(
-        learners=arguments.learners,
-        warm_up=arguments.warm_up,
-        samples=arguments.samples,
-        adaptation=arguments.adaptation,
-    )
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:28} {value}")
+
+
+def run(options: argparse.Namespace) -> Report:
+    if min(options.learners, options.samples) < 2 or options.warm_up < 1:
+        raise SystemExit("--learners and --samples must be at least 2, --warm-up at least 1")
+    figures = measure(learners=options.learners, warm_up=options.warm_up, samples=options.samples, adaptation=options.adaptation)
+    table = Table("Local training through Keras, one process", ("figure", "value"), list(figures.items()))
+    return Report(figures=figures, tables=[table], packages=("tensorflow", "keras"))
 
 
 def measure(*, learners: int, warm_up: int, samples: int, adaptation: str = "tail") -> dict[str, Any]:
@@ -60,11 +49,11 @@ def measure(*, learners: int, warm_up: int, samples: int, adaptation: str = "tai
     results = engine.train(spec=spec, weights=weights, config=config, tasks=tasks)
     for _ in range(warm_up):
         _check(next(results).error_code)
-    resident = [_resident_mb()]
+    resident = [resident_mb()]
     wall, cpu = time.perf_counter(), time.process_time()
     for result in results:
         _check(result.error_code)
-        resident.append(_resident_mb())
+        resident.append(resident_mb())
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return {
         "engine": engine.name,
@@ -78,9 +67,6 @@ def measure(*, learners: int, warm_up: int, samples: int, adaptation: str = "tai
         "rss_end_mb": round(resident[-1], 1),
         "learners_per_second": round(learners / wall, 2),
         "learners_per_cpu_second": round(learners / cpu, 2),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
     }
 
 
@@ -113,10 +99,7 @@ def _check(error_code: str) -> None:
         raise RuntimeError(f"a learner could not be trained: {error_code}")
 
 
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
+BENCHMARK = Benchmark(name="keras_memory", description=__doc__, run=run, add_arguments=add_arguments)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()
