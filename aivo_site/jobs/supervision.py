@@ -28,7 +28,7 @@ from django.db.models import Max
 from django.utils import timezone
 
 from aivo_site.environment import BASE_DIR
-from aivo_site.jobs import queueing
+from aivo_site.jobs import preparations, queueing
 from aivo_site.jobs.child import die_with
 from aivo_site.jobs.janitor import release_taken
 from aivo_site.jobs.models import Job, JobState, WorkerHeartbeat
@@ -134,7 +134,8 @@ class Watchdog:
         self._stopping = True
 
     def watch(self) -> None:
-        """Start the workers, and start them again whenever they end or are stuck."""
+        """Prepare the machine, start the workers, and start them again whenever they end or are stuck."""
+        preparations.prepare(self._queue)
         while not self._stopping:
             reason = self._run_once()
             if not self._stopping:
