@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from aivo_core.engine.contract import LearnerTask, LocalTrainingConfig
-from aivo_core.network import CONTENT_HEAD, PATH_HEAD, FloatArray, NetworkSpec
-from aivo_core.samples import Samples
+from aivo_core.engine.contract import LocalTrainingConfig
+from aivo_core.network import NetworkSpec
 from benchmarks.harness import Benchmark, Report, Table, resident_mb
+from benchmarks.synthetic import sample_pool, tasks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +42,11 @@ def measure(*, learners: int, warm_up: int, samples: int, adaptation: str = "tai
 
     spec = NetworkSpec()
     weights = read_weights(build_network(spec, 0), spec)
-    tasks = _tasks(spec, spec.flatten_tail(weights), learners + warm_up, samples)
+    pool = sample_pool(spec, learners=learners + warm_up, samples=samples)
+    tail = spec.flatten_tail(weights)
     engine = KerasEngine()
     config = LocalTrainingConfig(adaptation=adaptation)
-    results = engine.train(spec=spec, weights=weights, config=config, tasks=tasks)
+    results = engine.train(spec=spec, weights=weights, config=config, tasks=tasks(tail, pool, learners + warm_up))
     for _ in range(warm_up):
         _check(next(results).error_code)
     resident = [resident_mb()]
@@ -68,30 +68,6 @@ def measure(*, learners: int, warm_up: int, samples: int, adaptation: str = "tai
         "learners_per_second": round(learners / wall, 2),
         "learners_per_cpu_second": round(learners / cpu, 2),
     }
-
-
-def _tasks(spec: NetworkSpec, tail: FloatArray, count: int, samples: int) -> Iterator[LearnerTask]:
-    units = {head.name: head.units for head in spec.heads}
-    for seed in range(count):
-        rng = np.random.default_rng(seed)
-        first = rng.normal(size=(samples, spec.input_dim)).astype(np.float32)
-        yield LearnerTask(
-            key=str(seed),
-            samples=Samples(
-                first=first,
-                second=first + np.float32(0.1),
-                content=rng.integers(0, units[CONTENT_HEAD], samples),
-                path=rng.integers(0, units[PATH_HEAD], samples),
-                level=rng.uniform(0.5, 9.5, samples).astype(np.float32),
-                score=rng.integers(0, 2, samples).astype(np.float32),
-                position=np.arange(1, samples + 1),
-                content_prior=np.full((samples, units[CONTENT_HEAD]), 1.0 / units[CONTENT_HEAD], dtype=np.float32),
-                events=samples + 1,
-            ),
-            start_tail=tail,
-            anchor_tail=tail,
-            seed=seed,
-        )
 
 
 def _check(error_code: str) -> None:
