@@ -130,6 +130,56 @@ def write_tensors(tensors: Mapping[str, Array], *, metadata: Mapping[str, str] |
     return b"".join([_encode_header(header), *chunks])
 
 
+@dataclass(frozen=True, slots=True)
+class FlatLayout:
+    """The checked header of a file that stores the expected tensors as float32 in their order, one after the other.
+
+    Files of one kind have one header to the byte: what was checked of one holds for every file that ``fits``.
+
+    Attributes:
+        head: everything before the first value.
+        count: float32 values behind it.
+    """
+
+    head: bytes
+    count: int
+
+    def fits(self, data: Buffer) -> bool:
+        """Whether the file has this very header and the size that belongs to it."""
+        start = len(self.head)
+        return len(data) == start + 4 * self.count and data[:start] == self.head
+
+    def view(self, data: Buffer) -> FloatArray:
+        """The values of a file that fits: (count,) float32, a read-only view, or a copy where they are not aligned.
+
+        Raises:
+            TensorFileError: ``not_finite``.
+        """
+        flat = _float32(_frombuffer(data, "F32", self.count, len(self.head)))
+        _check_finite("", flat)
+        return flat
+
+
+def flat_layout(
+    data: Buffer,
+    *,
+    expected: Sequence[TensorSpec],
+    dtypes: Sequence[str] = FOREIGN_DTYPES,
+    max_header: int = DEFAULT_MAX_HEADER,
+) -> FlatLayout | None:
+    """The layout of a file, all checked but its values; None where it stores float16, or another order.
+
+    Raises:
+        TensorFileError: as ``read_tensors``, ``not_finite`` excepted.
+    """
+    header = _read_expected_header(data, expected, dtypes, max_header)
+    entries = [header.entries[spec.name] for spec in expected]
+    in_order = all(first.end == second.begin for first, second in pairwise(entries))
+    if not in_order or {entry.dtype for entry in entries} != {"F32"}:
+        return None
+    return FlatLayout(bytes(data[: header.data_start]), sum(spec.size for spec in expected))
+
+
 def read_tensors(
     data: Buffer,
     *,
@@ -171,14 +221,9 @@ def read_flat(
     Raises:
         TensorFileError: as ``read_tensors``.
     """
-    header = _read_expected_header(data, expected, dtypes, max_header)
-    entries = [header.entries[spec.name] for spec in expected]
-    in_order = all(first.end == second.begin for first, second in pairwise(entries))
-    if in_order and {entry.dtype for entry in entries} == {"F32"}:
-        total = sum(spec.size for spec in expected)
-        flat = _float32(_frombuffer(data, "F32", total, header.data_start))
-        _check_finite("", flat)
-        return flat
+    layout = flat_layout(data, expected=expected, dtypes=dtypes, max_header=max_header)
+    if layout is not None:
+        return layout.view(data)
     tensors = read_tensors(data, expected=expected, dtypes=dtypes, max_header=max_header)
     if not tensors:
         return np.zeros(0, dtype=np.float32)

@@ -18,7 +18,7 @@ from django.core.files.storage import FileSystemStorage, Storage, storages
 from aivo_site.environment import BASE_DIR
 from models_store import local_files
 from models_store.errors import StoreError
-from models_store.local_files import FoundFile
+from models_store.local_files import FileIdentity, FoundFile
 
 MAIN_MODELS = "main_models"
 LEARNER_MODELS = "learner_models"
@@ -39,7 +39,7 @@ class StoredFile:
     size: int
 
 
-def checksum(data: bytes) -> str:
+def checksum(data: bytes | memoryview) -> str:
     """sha256 of ``data`` in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
@@ -112,10 +112,36 @@ def read_file(*, alias: str, path: str, sha256: str, max_bytes: int = DEFAULT_MA
             regular file).
     """
     data = read_unverified(alias=alias, path=path, max_bytes=max_bytes)
-    actual = checksum(data)
-    if actual != sha256:
-        raise StoreError(f"the file {path} is damaged: its sha256 is {actual}, expected {sha256}", code="checksum_mismatch")
+    _verify(path, data, sha256)
     return data
+
+
+def read_file_into(*, alias: str, path: str, sha256: str, buffer: memoryview) -> tuple[memoryview, FileIdentity | None]:
+    """As ``read_file``, into ``buffer``, which many reads share: the part of it that holds the file, and which file it was.
+
+    The identity serves ``read_unchanged``; None in a storage of no local files.
+
+    Raises:
+        StoreError: as ``read_file``; ``bad_file`` where the file is larger than the buffer.
+    """
+    check_name(path)
+    root = _local_root(storages[alias])
+    identity: FileIdentity | None = None
+    if root is not None:
+        size, identity = local_files.read_into(root, path, buffer)
+        data = buffer[:size]
+    else:
+        data = memoryview(read_unverified(alias=alias, path=path, max_bytes=len(buffer)))
+    _verify(path, data, sha256)
+    return data, identity
+
+
+def read_unchanged(*, alias: str, path: str, identity: FileIdentity | None, start: int, length: int) -> bytes | None:
+    """A part of a file that was read and verified before; None if that cannot be known, and it has to be read whole again."""
+    root = _local_root(storages[alias])
+    if root is None or identity is None:
+        return None
+    return local_files.read_slice(root, path, identity, start, length)
 
 
 def read_unverified(*, alias: str, path: str, max_bytes: int = DEFAULT_MAX_BYTES) -> bytes:
@@ -188,6 +214,12 @@ def location(*, alias: str, path: str) -> str:
     """Where a person finds a file: its full path for local files, else its name in the storage."""
     root = _local_root(storages[alias])
     return str(root / path) if root is not None else path
+
+
+def _verify(path: str, data: bytes | memoryview, sha256: str) -> None:
+    actual = checksum(data)
+    if actual != sha256:
+        raise StoreError(f"the file {path} is damaged: its sha256 is {actual}, expected {sha256}", code="checksum_mismatch")
 
 
 def _local_root(storage: Storage) -> Path | None:

@@ -21,6 +21,13 @@ from models_store.errors import StoreError
 TEMPORARY_PREFIX = ".tmp-"
 FILE_MODE = 0o640
 
+# O_NONBLOCK: opening a named pipe must not wait for a writer.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+FileIdentity = tuple[int, int, int, int]
+"""Device, inode, bytes and time of last change: what tells whether a file is still the one that was read."""
+
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 
@@ -82,22 +89,41 @@ def read(root: Path, name: str, *, max_bytes: int) -> bytes:
         StoreError: ``missing_file``; ``bad_path`` where a link leads out of ``root``; ``bad_file`` where it is no
             regular file or larger than ``max_bytes``.
     """
-    real = _resolve_inside(root, name)
+    handle = _open_regular(root, name, max_bytes)
     try:
-        # O_NONBLOCK: opening a named pipe must not wait for a writer.
-        handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError as error:
-        raise StoreError(f"the file {name} is missing", code="missing_file") from error
-    except OSError as error:
-        raise StoreError(f"the file {name} cannot be opened: {error.strerror}", code="bad_file") from error
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise StoreError(f"{name} is no regular file", code="bad_file")
-        if status.st_size > max_bytes:
-            raise StoreError(f"the file {name} has {status.st_size} bytes, at most {max_bytes} are allowed", code="bad_file")
         with os.fdopen(handle, "rb", closefd=False) as file:
             return file.read()
+    finally:
+        os.close(handle)
+
+
+def read_into(root: Path, name: str, buffer: memoryview) -> tuple[int, FileIdentity]:
+    """As ``read``, into a buffer that is used again: bytes read, and which file it was.
+
+    Raises:
+        StoreError: as ``read``; ``bad_file`` where the file is larger than the buffer.
+    """
+    handle = _open_regular(root, name, len(buffer))
+    try:
+        size = 0
+        while size < len(buffer) and (got := os.readv(handle, [buffer[size:]])):
+            size += got
+        return size, _identity(os.fstat(handle))
+    finally:
+        os.close(handle)
+
+
+def read_slice(root: Path, name: str, identity: FileIdentity, start: int, length: int) -> bytes | None:
+    """``length`` bytes from ``start`` of a file that was read before; None if it is not that file, unchanged, any more."""
+    try:
+        handle = os.open(root / name, _READ)
+    except OSError:
+        return None  # the whole file is read again, which says what is wrong
+    try:
+        if _identity(os.fstat(handle)) != identity:
+            return None
+        data = os.pread(handle, length, start)
+        return data if len(data) == length else None
     finally:
         os.close(handle)
 
@@ -178,6 +204,58 @@ def _give_new_name(source: Path, target: Path) -> bool:
             return False
         source.replace(target)
     return True
+
+
+def _identity(status: os.stat_result) -> FileIdentity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _open_regular(root: Path, name: str, max_bytes: int) -> int:
+    """A handle on a regular file of at most ``max_bytes`` below ``root``; the caller closes it."""
+    handle = _open_inside(root, name)
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"{name} is no regular file", code="bad_file")
+        if status.st_size > max_bytes:
+            raise StoreError(f"the file {name} has {status.st_size} bytes, at most {max_bytes} are allowed", code="bad_file")
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _open_inside(root: Path, name: str) -> int:
+    try:
+        return _open_without_links(root, name)
+    except OSError:
+        real = _resolve_inside(root, name)  # a link, which may lead to a place inside, or an error that it names
+    try:
+        return os.open(real, _READ)
+    except FileNotFoundError as error:
+        raise StoreError(f"the file {name} is missing", code="missing_file") from error
+    except OSError as error:
+        raise StoreError(f"the file {name} cannot be opened: {error.strerror}", code="bad_file") from error
+
+
+def _open_without_links(root: Path, name: str) -> int:
+    """Open folder by folder, none of them a link: what is opened lies below ``root``, at a sixth of the price of resolving.
+
+    Raises:
+        OSError: a link on the way, or anything else that is not there to be read.
+    """
+    *folders, last = name.split("/")
+    if ".." in folders or last == "..":
+        raise OSError(errno.EINVAL, "a name that leads upwards")
+    current = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for folder in folders:
+            inner = os.open(folder, _FOLDER, dir_fd=current)
+            os.close(current)
+            current = inner
+        return os.open(last, _READ, dir_fd=current)
+    finally:
+        os.close(current)
 
 
 def _resolve_inside(root: Path, name: str) -> Path:

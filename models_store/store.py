@@ -1,8 +1,10 @@
 """The store: everything that is read from and written to the two model storages, in one place to import from.
 
-``files`` knows names and bytes, ``version_files`` a main version's folder, ``tail_files`` flat tails.
+``files`` knows names and bytes, ``version_files`` a main version's folder, ``tail_files`` flat tails,
+``delta_files`` deltas by the thousand.
 """
 
+from models_store.delta_files import DeltaFile, DeltaReader, VerifiedDelta, read_part
 from models_store.errors import StoreError
 from models_store.files import (
     ALIASES,
@@ -45,10 +47,13 @@ __all__ = [
     "ALIASES",
     "LEARNER_MODELS",
     "MAIN_MODELS",
+    "DeltaFile",
+    "DeltaReader",
     "LoadedVersion",
     "StoreError",
     "StoredFile",
     "TailToWrite",
+    "VerifiedDelta",
     "VersionFiles",
     "checksum",
     "clear_loaded_versions",
@@ -61,6 +66,7 @@ __all__ = [
     "read_delta",
     "read_file",
     "read_manifest",
+    "read_part",
     "read_tail",
     "read_tail_file",
     "read_unverified",

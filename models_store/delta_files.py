@@ -1,0 +1,103 @@
+"""Reading deltas by the thousand: one buffer for all of them, one header checked once, and parts of verified files.
+
+Each file is read whole, its checksum and its numbers are verified, before anything of it is used. Files of one network
+have one header to the byte, which is parsed for the first and compared for the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from aivo_core.network import FloatArray, NetworkSpec
+from aivo_core.tensors import DEFAULT_MAX_HEADER, LENGTH_BYTES, FlatLayout, TensorFileError, flat_layout, read_flat
+from models_store.errors import StoreError
+from models_store.files import LEARNER_MODELS, read_file_into, read_unchanged
+from models_store.local_files import FileIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaFile:
+    """A delta's name in the store and its sha256."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedDelta:
+    """A delta whose file was read whole and found sound, for ``read_part``.
+
+    Attributes:
+        identity: which file it was; None in a storage without local files.
+        data_start: where its numbers begin; None where they are not one float32 vector.
+    """
+
+    file: DeltaFile
+    identity: FileIdentity | None
+    data_start: int | None
+
+
+class DeltaReader:
+    """Reads deltas one after the other into one buffer; for one thread.
+
+    Args:
+        spec: the network whose tail the deltas belong to.
+    """
+
+    def __init__(self, spec: NetworkSpec) -> None:
+        self._expected = spec.tail_tensors
+        self._buffer = memoryview(bytearray(4 * spec.tail_size + DEFAULT_MAX_HEADER + LENGTH_BYTES))
+        self._layout: FlatLayout | None = None
+
+    def read(self, file: DeltaFile) -> FloatArray:
+        """The delta, (tail_size,) float32, read-only; its numbers stay until the next read.
+
+        Raises:
+            StoreError: ``missing_file``, ``checksum_mismatch``, ``bad_path``, ``bad_file``.
+        """
+        return self._read(file)[0]
+
+    def verify(self, file: DeltaFile) -> VerifiedDelta:
+        """Read and verify the whole file, for ``read_part``.
+
+        Raises:
+            StoreError: as ``read``.
+        """
+        _delta, identity, layout = self._read(file)
+        return VerifiedDelta(file, identity, None if layout is None else len(layout.head))
+
+    def _read(self, file: DeltaFile) -> tuple[FloatArray, FileIdentity | None, FlatLayout | None]:
+        data, identity = read_file_into(alias=LEARNER_MODELS, path=file.path, sha256=file.sha256, buffer=self._buffer)
+        try:
+            layout = self._layout
+            if layout is None or not layout.fits(data):
+                layout = flat_layout(data, expected=self._expected)
+            if layout is None:
+                return read_flat(data, expected=self._expected), identity, None
+            self._layout = layout
+            return layout.view(data), identity, layout
+        except TensorFileError as error:
+            raise StoreError(f"the file {file.path} cannot be used: {error}", code="bad_file") from error
+
+
+def read_part(delta: VerifiedDelta, start: int, stop: int, *, spec: NetworkSpec) -> FloatArray:
+    """Numbers ``start`` to ``stop`` of a delta, (stop - start,) float32, read-only; safe in several threads.
+
+    A file that changed since it was verified, and every file of a storage without local files, is read and verified whole.
+
+    Raises:
+        StoreError: the file was damaged or removed since.
+    """
+    if delta.data_start is not None:
+        part = read_unchanged(
+            alias=LEARNER_MODELS,
+            path=delta.file.path,
+            identity=delta.identity,
+            start=delta.data_start + 4 * start,
+            length=4 * (stop - start),
+        )
+        if part is not None:
+            return np.frombuffer(part, dtype="<f4").astype(np.float32, copy=False)
+    return DeltaReader(spec).read(delta.file)[start:stop]
