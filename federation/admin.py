@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from django.contrib import admin
 from django.core.exceptions import ValidationError
 from django.db.models import QuerySet
-from django.forms import ModelForm
+from django.forms import ChoiceField, ModelForm
 from django.http import HttpRequest
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
@@ -18,6 +18,7 @@ from unfold.decorators import display
 from aivo_site.console.actions import JobAction, ReasonForm, admin_action, select_one
 from aivo_site.console.admin_base import ConsoleAdmin, ReadOnlyAdmin
 from aivo_site.errors import DomainError
+from federation import strategies
 from federation.models import (
     AggregationRound,
     Contribution,
@@ -28,6 +29,7 @@ from federation.models import (
     PrivacyPeriod,
     RoundAttempt,
     RoundState,
+    Strategy,
 )
 from federation.policies import check_row
 
@@ -103,6 +105,12 @@ class PolicyForm(ModelForm):  # type: ignore[type-arg]
     class Meta:
         model = FederationPolicy
         fields = [field.name for field in FederationPolicy._meta.concrete_fields if field.editable]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if "strategy" in self.fields:  # the database knows words of strategies that this version does not have
+            runnable = [choice for choice in Strategy.choices if choice[0] in strategies.names()]
+            cast(ChoiceField, self.fields["strategy"]).choices = runnable
 
     def clean(self) -> dict[str, Any]:
         cleaned = super().clean() or {}

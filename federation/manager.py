@@ -166,14 +166,11 @@ class FederatedLearningManager:
         try:
             chosen = strategies.get(strategy)
             weights = chosen.weigh([update.samples for update in ordered], quality=measured, parameters=parameters)
-            fold = chosen.start(ordered[0].delta.size, parameters=parameters)
-            for update, weight in zip(ordered, weights, strict=True):
-                fold.add(update.delta, float(weight))
-            aggregate = fold.finish()
+            vector = _combined(chosen, [update.delta for update in ordered], weights, parameters)
         except StrategyError as error:
             raise ManagerError(str(error), code=error.code) from error
         return AggregationOutcome(
-            aggregated_weights=aggregate.vector.astype(np.float32),
+            aggregated_weights=vector.astype(np.float32),
             base_version=ordered[0].base_version,
             strategy=strategy,
             contributing_learners=tuple(update.key for update in ordered),
@@ -345,6 +342,21 @@ def _find_model(path: str) -> PersonalizedModel:
             code="bad_path",
         )
     return named
+
+
+def _combined(
+    strategy: strategies.Strategy,
+    deltas: Sequence[FloatArray],
+    weights: npt.NDArray[np.float64],
+    parameters: Mapping[str, Any] | None,
+) -> npt.NDArray[np.floating[Any]]:
+    """The update by a strategy of either shape; the weights are the strategy's own."""
+    if not isinstance(strategy, strategies.FoldStrategy):
+        return strategy.aggregate(deltas, weights, **dict(parameters or {}))
+    fold = strategy.start(deltas[0].size, parameters=parameters)
+    for delta, weight in zip(deltas, weights, strict=True):
+        fold.add(delta, float(weight))
+    return fold.finish().vector
 
 
 def _checked_updates(updates: Sequence[LocalUpdate]) -> list[LocalUpdate]:

@@ -60,7 +60,7 @@ class PolicyError(UsageError):
     """A policy that cannot be run; the message names the field and the allowed values.
 
     ``code``: ``bad_policy``, ``unknown_strategy``, ``unknown_parameter``, ``bad_parameter``, ``unknown_field``,
-    ``sessions_need_tail``, ``not_available``, ``privacy_not_available``, ``only_restrictions``.
+    ``strategy_not_private``, ``sessions_need_tail``, ``not_available``, ``privacy_not_available``, ``only_restrictions``.
     """
 
     default_code = "bad_policy"
@@ -201,9 +201,20 @@ class RoundPolicy:
 
     def _check_strategy(self) -> None:
         try:
-            strategies.get(self.strategy).check_parameters(self.strategy_parameters)
+            chosen = strategies.get(self.strategy)
+            chosen.check_parameters(self.strategy_parameters)
         except StrategyError as error:
             raise PolicyError(str(error), code=error.code) from error
+        if self.differential_privacy and not chosen.info.privacy_compatible:
+            private = [name for name in strategies.names() if strategies.get(name).info.privacy_compatible]
+            raise PolicyError(
+                _(
+                    "strategy must be one of %(allowed)s with differential_privacy, not %(given)s: "
+                    "no learner's share of its result is bounded"
+                )
+                % {"allowed": ", ".join(private), "given": self.strategy},
+                code="strategy_not_private",
+            )
 
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():

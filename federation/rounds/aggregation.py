@@ -1,6 +1,6 @@
 """Aggregation: the accepted contributions folded into one update, once per attempt, as one atomic file.
 
-The fold reads one delta at a time, ordered by subject key, in fixed blocks. An attempt is one set (its digest), one charge
+The deltas are read by ``folding``, one at a time or some coordinates at a time. An attempt is one set (its digest), one charge
 where the policy is private, one file; every later state of the round only reads that file.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
@@ -22,34 +21,25 @@ from aivo_core.privacy import global_norm
 from federation import strategies
 from federation.models import AggregationRound, Contribution, RoundAttempt, RoundState
 from federation.policies import RoundPolicy
-from federation.rounds import cohort, intake, lifecycle
+from federation.rounds import cohort, folding, intake, lifecycle
 from federation.rounds.candidate import reserve_candidate
-from federation.rounds.cohort import DamagedContribution
+from federation.rounds.cohort import DamagedContribution, DiscountedDelta
 from federation.rounds.errors import RoundConflict, RoundSkipped
+from federation.rounds.folding import Member
 from federation.rounds.intake import IntakeContext
 from federation.rounds.lineage import lineage_of
 from federation.rounds.quality import NEUTRAL, measure_quality
+from federation.strategies import StrategyError
 from federation.strategies.base import Aggregate, PrivacyMechanism
 from federation.strategies.blocks import SumSource
 from models_store import store
 from models_store.errors import StoreError
-from models_store.store import LoadedVersion
+from models_store.store import DeltaFile, DeltaReader, LoadedVersion
 
 Progress = Callable[[int, int, str], None]
 
-
-@dataclass(frozen=True)
-class Weighted:
-    """One contribution of the set with all that the result depends on.
-
-    Attributes:
-        deltas: checksum and staleness discount of each session's delta, in order.
-    """
-
-    pk: UUID
-    subject_key: UUID
-    weight: float
-    deltas: tuple[tuple[str, float], ...]
+WEIGHED_TOGETHER = 500
+"""Contributions whose rows are read and written at a time."""
 
 
 def aggregate_round(round_: AggregationRound, *, policy: RoundPolicy, base: LoadedVersion, progress: Progress) -> RoundAttempt:
@@ -70,7 +60,7 @@ def aggregate_round(round_: AggregationRound, *, policy: RoundPolicy, base: Load
             _measure(round_, policy, base, progress)
             members = weigh(round_, policy)
             attempt = _begin_attempt(round_, policy, members)
-            result = fold_contributions(round_, policy=policy, base=base, members=members, progress=progress)
+            result = fold_contributions(policy=policy, base=base, members=members, progress=progress)
         except DamagedContribution as damaged:
             # The attempt has no file and stays without one; the next one is over the set without this contribution.
             intake.reject(damaged.contribution, damaged.code, str(damaged))
@@ -92,47 +82,45 @@ def require_enough(policy: RoundPolicy, count: int) -> None:
         raise RoundSkipped(text, code="too_few_learners")
 
 
-def weigh(round_: AggregationRound, policy: RoundPolicy) -> list[Weighted]:
+def weigh(round_: AggregationRound, policy: RoundPolicy) -> list[Member]:
     """The accepted set in subject key order with its weights, which the contribution rows keep."""
-    rows = list(cohort.accepted_rows(round_).prefetch_related("sessions"))
+    rows = list(cohort.accepted_rows(round_).values_list("pk", "subject_key", "samples", "quality"))
     strategy = strategies.get(policy.strategy)
-    quality = [NEUTRAL if row.quality is None else row.quality for row in rows] if strategy.info.uses_quality else None
+    quality = [NEUTRAL if row[3] is None else row[3] for row in rows] if strategy.info.uses_quality else None
     try:
-        weights = strategy.weigh([row.samples for row in rows], quality=quality, parameters=policy.strategy_parameters)
+        weights = strategy.weigh([row[2] for row in rows], quality=quality, parameters=policy.strategy_parameters)
     except strategies.StrategyError as error:
         if error.code == "zero_weight":
             raise RoundSkipped(str(error), code=error.code) from error
         raise
     behind = lineage_of(round_.base_version)
-    members = []
-    for row, weight in zip(rows, weights, strict=True):
-        row.weight = float(weight)
-        deltas = tuple(
-            (session.delta_sha256, cohort.staleness_discount(behind[session.base_version_id], policy.staleness_exponent))
-            for session in cohort.sessions_of(row)
-        )
-        members.append(Weighted(row.pk, row.subject_key, row.weight, deltas))
-    Contribution.objects.bulk_update(rows, ["weight"], batch_size=500)
+    members: list[Member] = []
+    for begin in range(0, len(rows), WEIGHED_TOGETHER):
+        chunk = rows[begin : begin + WEIGHED_TOGETHER]
+        deltas = _deltas_of([row[0] for row in chunk], behind, policy.staleness_exponent)
+        for offset, (pk, subject_key, _samples, _quality) in enumerate(chunk):
+            members.append(Member(pk, subject_key, float(weights[begin + offset]), deltas[pk]))
+        weighed = [Contribution(pk=member.contribution, weight=member.weight) for member in members[begin:]]
+        Contribution.objects.bulk_update(weighed, ["weight"])
     return members
 
 
-def set_digest(members: Sequence[Weighted], *, strategy: str, parameters: Mapping[str, Any], base: str) -> str:
+def set_digest(members: Sequence[Member], *, strategy: str, parameters: Mapping[str, Any], base: str) -> str:
     """sha256 over the ordered set: who, which delta files with which discount, what weight; strategy, parameters, base."""
     digest = hashlib.sha256()
     head = {"strategy": strategy, "parameters": dict(parameters), "base": base}
     digest.update(json.dumps(head, sort_keys=True).encode())
     for member in members:
-        line = [str(member.subject_key), [[sha, discount.hex()] for sha, discount in member.deltas], member.weight.hex()]
+        line = [str(member.subject_key), [[part.file.sha256, part.discount.hex()] for part in member.deltas], member.weight.hex()]
         digest.update(b"\n" + json.dumps(line).encode())
     return digest.hexdigest()
 
 
 def fold_contributions(
-    round_: AggregationRound,
     *,
     policy: RoundPolicy,
     base: LoadedVersion,
-    members: Sequence[Weighted],
+    members: Sequence[Member],
     progress: Progress,
     mechanism: PrivacyMechanism | None = None,
     masked_sums: SumSource | None = None,
@@ -146,16 +134,25 @@ def fold_contributions(
     Raises:
         DamagedContribution: a delta file cannot be read any more; nothing was written.
     """
-    fold = strategies.get(policy.strategy).start(base.spec.tail_size, mechanism=mechanism, parameters=policy.strategy_parameters)
-    by_pk = {member.pk: member for member in members}
-    done = 0
-    for block in cohort.blocks(Contribution.objects.filter(pk__in=by_pk, round=round_).order_by("subject_key")):
-        for contribution in block:
-            member = by_pk[contribution.pk]
-            discounts = [discount for _sha, discount in member.deltas]
-            fold.add(cohort.read_accepted(contribution, spec=base.spec, discounts=discounts), member.weight)
-        done += len(block)
-        progress(done, len(members), _("aggregating"))
+    strategy = strategies.get(policy.strategy)
+
+    def told(done: int, total: int) -> None:
+        progress(done, total, _("aggregating"))
+
+    if isinstance(strategy, strategies.CoordinateStrategy):
+        if mechanism is not None or masked_sums is not None:
+            raise StrategyError(f"strategy {strategy.info.name} cannot be combined with privacy", code="not_private")
+        return folding.combine_members(
+            members, strategy=strategy, spec=base.spec, parameters=policy.strategy_parameters, progress=told
+        )
+    fold = folding.fold_members(
+        members,
+        strategy=strategies.get_fold(policy.strategy),
+        spec=base.spec,
+        parameters=policy.strategy_parameters,
+        mechanism=mechanism,
+        progress=told,
+    )
     if masked_sums is not None:
         fold.add_sums(masked_sums)
     return fold.finish()
@@ -173,18 +170,41 @@ def aggregate_of(round_: AggregationRound) -> RoundAttempt:
     return attempt
 
 
+def _deltas_of(
+    contributions: Sequence[UUID], behind: Mapping[UUID, int], exponent: float
+) -> dict[UUID, tuple[DiscountedDelta, ...]]:
+    """Each contribution's delta files in the order of training."""
+    rows = (
+        Contribution.sessions.through.objects.filter(contribution__in=contributions)
+        .order_by("modeltrainingsession__sequence")
+        .values_list(
+            "contribution_id",
+            "modeltrainingsession__delta_path",
+            "modeltrainingsession__delta_sha256",
+            "modeltrainingsession__base_version_id",
+        )
+    )
+    found: dict[UUID, list[DiscountedDelta]] = {contribution: [] for contribution in contributions}
+    for contribution, path, sha256, version in rows:
+        discount = cohort.staleness_discount(behind[version], exponent)
+        found[contribution].append(DiscountedDelta(DeltaFile(path, sha256), discount))
+    return {contribution: tuple(deltas) for contribution, deltas in found.items()}
+
+
 def _measure(round_: AggregationRound, policy: RoundPolicy, base: LoadedVersion, progress: Progress) -> None:
     if not strategies.get(policy.strategy).info.uses_quality:
         return
     behind = lineage_of(round_.base_version)
 
+    reader = DeltaReader(base.spec)
+
     def context_of(block: list[Contribution]) -> IntakeContext:
-        return intake.intake_context(round_, policy, base.spec, behind, block)
+        return intake.intake_context(round_, policy, reader, behind, block)
 
     measure_quality(round_, base=base, context_of=context_of, progress=progress)
 
 
-def _begin_attempt(round_: AggregationRound, policy: RoundPolicy, members: Sequence[Weighted]) -> RoundAttempt:
+def _begin_attempt(round_: AggregationRound, policy: RoundPolicy, members: Sequence[Member]) -> RoundAttempt:
     """The attempt's row, before anything is folded: where a private round will be charged."""
     parameters = {**policy.strategy_parameters, "server_learning_rate": policy.server_learning_rate}
     digest = set_digest(members, strategy=policy.strategy, parameters=parameters, base=round_.base_version.version)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from uuid import UUID
 
 import numpy as np
+import numpy.typing as npt
 from django.db import transaction
 from django.db.models import Count, QuerySet
 
-from aivo_core.network import FloatArray, NetworkSpec
+from aivo_core.network import FloatArray
 from federation import strategies
 from federation.models import AggregationRound, Contribution, ModelTrainingSession, Verdict
 from federation.policies import RoundPolicy
 from federation.rounds.eligibility import LearnerVerdict
-from models_store import store
 from models_store.errors import StoreError
 from models_store.models import PersonalizedModel
+from models_store.store import DeltaFile, DeltaReader
 
 BLOCK = strategies.BLOCK_SIZE
 """Learners that are read together, ordered by subject key: as many as the fold sums in one block."""
@@ -25,10 +27,18 @@ BLOCK = strategies.BLOCK_SIZE
 class DamagedContribution(Exception):
     """A delta that intake accepted cannot be read any more; ``code`` is the store's."""
 
-    def __init__(self, contribution: Contribution, error: StoreError) -> None:
+    def __init__(self, contribution: UUID, error: StoreError) -> None:
         super().__init__(str(error))
         self.contribution = contribution
         self.code = error.code
+
+
+@dataclass(frozen=True, slots=True)
+class DiscountedDelta:
+    """One session's delta file and the factor that its age gives it."""
+
+    file: DeltaFile
+    discount: float
 
 
 def create_cohort(round_: AggregationRound, selected: Sequence[LearnerVerdict], policy: RoundPolicy) -> None:
@@ -97,37 +107,57 @@ def sessions_of(contribution: Contribution) -> list[ModelTrainingSession]:
     return sorted(contribution.sessions.all(), key=lambda session: session.sequence)
 
 
-def read_contribution(contribution: Contribution, *, spec: NetworkSpec, discounts: Sequence[float]) -> FloatArray:
-    """The contribution's delta, (spec.tail_size,) float32: its sessions' deltas, each times its discount, summed.
+def discounted_deltas(sessions: Sequence[ModelTrainingSession], discounts: Sequence[float]) -> tuple[DiscountedDelta, ...]:
+    """What a contribution of these sessions is made of.
+
+    Raises:
+        ValueError: not one discount per session.
+    """
+    return tuple(
+        DiscountedDelta(DeltaFile(session.delta_path, session.delta_sha256), discount)
+        for session, discount in zip(sessions, discounts, strict=True)
+    )
+
+
+def compose(deltas: Sequence[DiscountedDelta], read: Callable[[DeltaFile], FloatArray]) -> FloatArray:
+    """A contribution's delta: its sessions' deltas, each times its discount, summed; float32.
 
     Each session's delta is relative to where that session started, so that the sum is what the learner's own training
-    changed, whatever the main model did in between. Summed in float64 in the order of training.
+    changed, whatever the main model did in between. Summed in float64 in the order of training. The same arithmetic for
+    whole deltas and for some coordinates of them, as ``read`` gives them.
+
+    Raises:
+        StoreError: what ``read`` raises: a file is missing, damaged, or of another shape.
+    """
+    if len(deltas) == 1 and deltas[0].discount == 1.0:
+        return read(deltas[0].file)
+    total: npt.NDArray[np.float64] | float = 0.0
+    for part in deltas:
+        total = total + part.discount * read(part.file).astype(np.float64)
+    with np.errstate(over="ignore"):
+        return np.asarray(total).astype(np.float32)  # a sum beyond float32 is infinite: intake refuses what is not finite
+
+
+def read_contribution(contribution: Contribution, *, reader: DeltaReader, discounts: Sequence[float]) -> FloatArray:
+    """The contribution's delta, (tail_size,) float32; its numbers stay until the next one is read.
 
     Raises:
         StoreError: a file is missing, damaged, or of another shape.
         ValueError: not one discount per session.
     """
-    sessions = sessions_of(contribution)
-    if len(sessions) == 1 and discounts[0] == 1.0:
-        return store.read_delta(path=sessions[0].delta_path, sha256=sessions[0].delta_sha256, spec=spec)
-    total = np.zeros(spec.tail_size, dtype=np.float64)
-    for session, discount in zip(sessions, discounts, strict=True):
-        delta = store.read_delta(path=session.delta_path, sha256=session.delta_sha256, spec=spec)
-        total += discount * delta.astype(np.float64)
-    with np.errstate(over="ignore"):
-        return total.astype(np.float32)  # a sum beyond float32 is infinite: intake refuses what is not finite
+    return compose(discounted_deltas(sessions_of(contribution), discounts), reader.read)
 
 
-def read_accepted(contribution: Contribution, *, spec: NetworkSpec, discounts: Sequence[float]) -> FloatArray:
+def read_accepted(contribution: Contribution, *, reader: DeltaReader, discounts: Sequence[float]) -> FloatArray:
     """As ``read_contribution``, of one that intake has read before.
 
     Raises:
         DamagedContribution: it cannot be read any more.
     """
     try:
-        return read_contribution(contribution, spec=spec, discounts=discounts)
+        return read_contribution(contribution, reader=reader, discounts=discounts)
     except StoreError as error:
-        raise DamagedContribution(contribution, error) from error
+        raise DamagedContribution(contribution.pk, error) from error
 
 
 def staleness_discount(versions_behind: int, exponent: float) -> float:

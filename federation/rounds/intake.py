@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-import numpy as np
 from django.db.models import Count, TextChoices
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
-from aivo_core.network import NetworkSpec
-from aivo_core.privacy import global_norm
+from aivo_core.privacy import PrivacyError, global_norm
 from aivo_core.tensors import TensorFileError
 from federation.models import AggregationRound, Contribution, ContributionSource, ModelTrainingSession, SessionPurpose, Verdict
 from federation.policies import RoundPolicy
@@ -26,7 +24,7 @@ from federation.rounds.eligibility import Exclusion, consent_refusal
 from federation.rounds.lineage import lineage_of
 from learners.models import Interaction, Learner
 from models_store.errors import StoreError
-from models_store.store import LoadedVersion
+from models_store.store import DeltaReader, LoadedVersion
 
 
 class Refusal(TextChoices):
@@ -60,11 +58,12 @@ class IntakeContext:
         learners: by subject key; a missing one was erased.
         interactions: how many each learner has, by subject key.
         behind: versions of the base's lineage, with how far behind each is.
+        reader: reads the deltas, one at a time.
     """
 
     round: AggregationRound
     policy: RoundPolicy
-    spec: NetworkSpec
+    reader: DeltaReader
     behind: Mapping[UUID, int]
     learners: Mapping[UUID, Learner]
     interactions: Mapping[UUID, int]
@@ -92,8 +91,9 @@ def check_contributions(
     total = rows.count()
     done = 0
     behind = lineage_of(round_.base_version)
+    reader = DeltaReader(base.spec)
     for block in cohort.blocks(rows):
-        context = intake_context(round_, policy, base.spec, behind, block)
+        context = intake_context(round_, policy, reader, behind, block)
         for contribution in block:
             _record(contribution, inspect(contribution, context))
         done += len(block)
@@ -134,9 +134,10 @@ def consent_lost(round_: AggregationRound) -> list[UUID]:
     ]
 
 
-def reject(contribution: Contribution, code: str, reason: str = "") -> None:
-    """Take a contribution out of the round."""
-    Contribution.objects.filter(pk=contribution.pk).update(
+def reject(contribution: Contribution | UUID, code: str, reason: str = "") -> None:
+    """Take a contribution, or the one of this id, out of the round."""
+    pk = contribution.pk if isinstance(contribution, Contribution) else contribution
+    Contribution.objects.filter(pk=pk).update(
         verdict=Verdict.REJECTED, reason_code=code, reason=reason or _label(code), weight=0.0
     )
 
@@ -165,7 +166,7 @@ def quarantine_outliers(round_: AggregationRound, policy: RoundPolicy) -> None:
 def intake_context(
     round_: AggregationRound,
     policy: RoundPolicy,
-    spec: NetworkSpec,
+    reader: DeltaReader,
     behind: Mapping[UUID, int],
     block: Sequence[Contribution],
 ) -> IntakeContext:
@@ -176,7 +177,7 @@ def intake_context(
         .values_list("learner__subject_key")
         .annotate(n=Count("pk"))
     )
-    return IntakeContext(round_, policy, spec, behind, learners, {key: int(n) for key, n in counts})
+    return IntakeContext(round_, policy, reader, behind, learners, {key: int(n) for key, n in counts})
 
 
 # --- The rules, in the order in which they are asked ----------------------------------------------------------------------
@@ -231,13 +232,14 @@ def _inspect_delta(contribution: Contribution, context: IntakeContext) -> Findin
     """Read the whole delta, once: shape, names, dtype, checksum and finiteness by the store; then its norm."""
     discounts = context.discounts(cohort.sessions_of(contribution))
     try:
-        delta = cohort.read_contribution(contribution, spec=context.spec, discounts=discounts)
+        delta = cohort.read_contribution(contribution, reader=context.reader, discounts=discounts)
     except StoreError as error:
         cause = error.__cause__
         return Finding(cause.code if isinstance(cause, TensorFileError) else error.code, str(error))
-    if not np.isfinite(delta).all():
+    try:
+        norm = global_norm(delta)
+    except PrivacyError:  # the sum of sessions that are finite each may not be
         return Finding(Refusal.NOT_FINITE, _label(Refusal.NOT_FINITE))
-    norm = global_norm(delta)
     if norm > context.policy.max_delta_norm:
         return Finding(Refusal.NORM_TOO_LARGE, _label(Refusal.NORM_TOO_LARGE), norm)
     return Finding("", "", norm)

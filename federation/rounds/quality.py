@@ -15,7 +15,7 @@ from federation.rounds.intake import IntakeContext
 from federation.rounds.own_samples import samples_of
 from models_store.evaluation import learner_losses
 from models_store.forecasting import forecast_tail, trunk_activations
-from models_store.store import LoadedVersion
+from models_store.store import DeltaReader, LoadedVersion
 
 NEUTRAL = 0.5
 """Quality of a contribution that changes nothing, and of a learner without later interactions to measure on."""
@@ -51,11 +51,12 @@ def measure_quality(
     rows = cohort.accepted_rows(round_).filter(quality=None)
     total = rows.count()
     done = 0
+    reader = DeltaReader(base.spec)
     for block in cohort.blocks(rows):
         context = context_of(block)
         for contribution in block:
             discounts = context.discounts(cohort.sessions_of(contribution))
-            delta = cohort.read_accepted(contribution, spec=base.spec, discounts=discounts)
+            delta = cohort.read_accepted(contribution, reader=reader, discounts=discounts)
             samples = samples_of(context.learners[contribution.subject_key], base)
             Contribution.objects.filter(pk=contribution.pk).update(quality=_quality(base, delta, samples))
         done += len(block)

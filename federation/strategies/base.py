@@ -1,8 +1,12 @@
-"""What every aggregation strategy is: its description, its weights, its fold, and the slots in the fold.
+"""What every aggregation strategy is: its description, its weights, and one of two shapes.
 
-A strategy turns the deltas of one round into one update. ``weigh`` looks at numbers per learner only and runs first;
-``start`` begins a fold that takes one delta after the other, ordered by subject key. Two slots are part of every fold:
-a privacy mechanism, applied to each delta and to the finished sum, and sums made elsewhere of deltas nobody here sees.
+A strategy turns the deltas of one round into one update. ``weigh`` looks at numbers per learner only and runs first.
+Then, by its shape:
+
+- a ``FoldStrategy`` takes one delta after the other, ordered by subject key, into a fold. Two slots are part of every fold:
+  a privacy mechanism, applied to each delta and to the finished sum, and sums made elsewhere of deltas nobody here sees.
+- a ``CoordinateStrategy`` (``federation.strategies.coordinate``) needs all deltas at once, but each coordinate by itself,
+  and asks a ``DeltaSource`` for some coordinates of every delta at a time.
 """
 
 from __future__ import annotations
@@ -18,11 +22,7 @@ import numpy.typing as npt
 
 from federation.strategies.blocks import BlockSum, DoubleArray, FloatingArray, SumSource
 from federation.strategies.errors import StrategyError, refuse
-
-MAX_WEIGHT = 1e100
-"""Largest weight of one learner, and its inverse the smallest total: no sum of products overflows or vanishes."""
-
-DTYPES = (np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64))
+from federation.strategies.inputs import as_deltas, one_per_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ class Aggregate:
 
     Attributes:
         vector: (d,) in the dtype the fold was started with.
-        denominator: what the sum was divided by: the total weight, or a privacy mechanism's fixed number.
+        denominator: what the sum was divided by: the total weight, a privacy mechanism's fixed number, or for a rule on
+            coordinates how many values the mean of each one is of.
         weight: total weight of the contributions.
         count: contributions in it.
         mechanism: name of the privacy mechanism that was applied, empty without one.
@@ -102,6 +103,29 @@ class PrivacyMechanism(Protocol):
 
     def add_noise(self, total: DoubleArray) -> DoubleArray:
         """A new array: the sum of the clipped deltas with noise. Called once per fold, also when nobody contributed."""
+        ...
+
+
+class DeltaSource(Protocol):
+    """All deltas of one round, ordered by subject key, for rules that look at a few coordinates of each at a time."""
+
+    @property
+    def count(self) -> int:
+        """Number of deltas, at least 1."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a delta."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """float16, float32 or float64: that of the deltas and of the result."""
+        ...
+
+    def read(self, row: int, start: int, stop: int) -> FloatingArray:
+        """Coordinates ``start`` to ``stop`` of delta ``row``: (stop - start,), finite; called from several threads at once."""
         ...
 
 
@@ -163,6 +187,40 @@ class Strategy(ABC):
         """
 
     @abstractmethod
+    def aggregate(self, deltas: npt.ArrayLike, weights: npt.ArrayLike, **parameters: Any) -> FloatingArray:
+        """One update from all deltas at once; the same arithmetic as when they are read one by one.
+
+        Args:
+            deltas: (n, d) float16, float32 or float64, row order as given; never changed.
+            weights: (n,) samples each learner trained on.
+            parameters: those of ``info.parameters``, and ``quality`` where the strategy uses it.
+
+        Returns:
+            (d,) in the dtype of ``deltas``.
+
+        Raises:
+            StrategyError: anything that does not fit; nothing is broadcast.
+        """
+
+    def check_parameters(self, parameters: Mapping[str, Any] | None) -> dict[str, float]:
+        """All parameters of the strategy, those not given at their defaults.
+
+        Raises:
+            StrategyError: a name that is unknown, a value that is no number in its range.
+        """
+        given = dict(parameters or {})
+        known = {parameter.name: parameter for parameter in self.info.parameters}
+        unknown = sorted(given.keys() - known.keys())
+        if unknown:
+            allowed = ", ".join(known) or "none"
+            refuse("unknown_parameter", f"strategy {self.info.name} has no parameter {', '.join(unknown)}; allowed: {allowed}")
+        return {name: _checked_parameter(known[name], given.get(name, known[name].default)) for name in known}
+
+
+class FoldStrategy(Strategy):
+    """A rule that needs each delta once, by itself."""
+
+    @abstractmethod
     def start(
         self,
         dim: int,
@@ -183,24 +241,10 @@ class Strategy(ABC):
         """
 
     def aggregate(self, deltas: npt.ArrayLike, weights: npt.ArrayLike, **parameters: Any) -> FloatingArray:
-        """One update from all deltas at once; the same arithmetic as the fold.
-
-        Args:
-            deltas: (n, d) float16, float32 or float64, row order as given; never changed.
-            weights: (n,) samples each learner trained on.
-            parameters: those of ``info.parameters``, and ``quality`` where the strategy uses it.
-
-        Returns:
-            (d,) in the dtype of ``deltas``.
-
-        Raises:
-            StrategyError: anything that does not fit; nothing is broadcast.
-        """
+        """See ``Strategy.aggregate``."""
         rows = as_deltas(deltas)
         quality = parameters.pop("quality", None) if self.info.uses_quality else None
-        effective = self.weigh(weights, quality=quality, parameters=parameters)
-        if effective.shape != (rows.shape[0],):
-            refuse("wrong_shape", f"weights must have shape ({rows.shape[0]},), one per delta, not {effective.shape}")
+        effective = one_per_row(self.weigh(weights, quality=quality, parameters=parameters), rows)
         fold = self.start(rows.shape[1], dtype=rows.dtype, parameters=parameters)
         for row, weight in enumerate(effective):
             try:
@@ -208,61 +252,6 @@ class Strategy(ABC):
             except StrategyError as error:
                 raise StrategyError(f"contribution {row}: {error}", code=error.code) from error
         return fold.finish().vector
-
-    def check_parameters(self, parameters: Mapping[str, Any] | None) -> dict[str, float]:
-        """All parameters of the strategy, those not given at their defaults.
-
-        Raises:
-            StrategyError: a name that is unknown, a value that is no number in its range.
-        """
-        given = dict(parameters or {})
-        known = {parameter.name: parameter for parameter in self.info.parameters}
-        unknown = sorted(given.keys() - known.keys())
-        if unknown:
-            allowed = ", ".join(known) or "none"
-            refuse("unknown_parameter", f"strategy {self.info.name} has no parameter {', '.join(unknown)}; allowed: {allowed}")
-        return {name: _checked_parameter(known[name], given.get(name, known[name].default)) for name in known}
-
-
-def as_deltas(deltas: npt.ArrayLike) -> FloatingArray:
-    """``deltas`` as an (n, d) array of floats, n at least 1, not copied where it is one already.
-
-    Raises:
-        StrategyError: ``wrong_shape``, ``wrong_dtype`` or ``no_contributions``.
-    """
-    try:
-        rows = np.asarray(deltas)
-    except ValueError as error:
-        raise StrategyError("deltas must all have the same shape", code="wrong_shape") from error
-    if rows.size == 0 and (rows.ndim != 2 or rows.shape[0] == 0):
-        refuse("no_contributions", "there are no deltas to aggregate")
-    if rows.dtype not in DTYPES:
-        refuse("wrong_dtype", f"deltas must be float16, float32 or float64, not {rows.dtype}")
-    if rows.ndim != 2:
-        refuse("wrong_shape", f"deltas must have shape (n, d), not {rows.shape}")
-    return rows
-
-
-def as_numbers(values: npt.ArrayLike, *, name: str, code: str) -> DoubleArray:
-    """``values`` as an (n,) float64 array of finite numbers, n at least 1; a new array.
-
-    Raises:
-        StrategyError: ``wrong_shape``, ``no_contributions``, or ``code`` for values that are no finite numbers.
-    """
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise StrategyError(f"{name} must have shape (n,)", code="wrong_shape") from error
-    if array.ndim != 1:
-        refuse("wrong_shape", f"{name} must have shape (n,), not {array.shape}")
-    if array.shape[0] == 0:
-        refuse("no_contributions", f"{name} is empty: there is nothing to aggregate")
-    if array.dtype.kind not in "iuf":
-        refuse(code, f"{name} must be numbers, not {array.dtype}")
-    numbers = array.astype(np.float64)
-    if not np.isfinite(numbers).all():
-        refuse(code, f"{name} must be finite")
-    return numbers
 
 
 def _checked_parameter(parameter: Parameter, value: Any) -> float:

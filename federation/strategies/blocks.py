@@ -125,9 +125,11 @@ class OpenBlock:
         self._vector = np.zeros(dim, dtype=np.float64)
         self._weight = 0.0
 
-    def add(self, product: DoubleArray, weight: float) -> None:
-        """Add one learner's weight x delta, (d,) float64."""
-        self._vector += product
+    def add(self, delta: FloatingArray, weight: float, *, scratch: DoubleArray) -> None:
+        """Add weight x delta, computed in float64 in ``scratch``, (d,) float64: nothing is allocated for a learner."""
+        np.copyto(scratch, delta)
+        np.multiply(scratch, weight, out=scratch)
+        np.add(self._vector, scratch, out=self._vector)
         self._weight += weight
         self.count += 1
 

@@ -10,7 +10,7 @@ class StrategyError(ValueError):
 
     ``code`` is stable: ``unknown_strategy``, ``unknown_parameter``, ``bad_parameter``, ``wrong_shape``,
     ``wrong_dtype``, ``not_finite``, ``bad_weight``, ``zero_weight``, ``bad_quality``, ``no_contributions``,
-    ``bad_blocks``, ``finished``, ``not_private``.
+    ``bad_blocks``, ``finished``, ``not_private``, ``not_foldable``.
     """
 
     def __init__(self, message: str, *, code: str) -> None:

@@ -12,32 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from math import frexp
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from federation.strategies.base import (
-    DTYPES,
-    MAX_WEIGHT,
-    Aggregate,
-    Fold,
-    Parameter,
-    PrivacyMechanism,
-    Strategy,
-    StrategyInfo,
-    as_numbers,
-)
+from federation.strategies.base import Aggregate, Fold, FoldStrategy, Parameter, PrivacyMechanism, StrategyInfo
 from federation.strategies.blocks import BLOCK_SIZE, BlockSum, DoubleArray, FloatingArray, OpenBlock, OrderedSum, SumSource
 from federation.strategies.errors import refuse
-
-MAX_VALUE = 1e150
-"""Largest number in a delta; with MAX_WEIGHT, no product and no sum of products overflows."""
+from federation.strategies.inputs import DTYPES, MAX_WEIGHT, as_numbers, check_delta, in_range, sample_weights
 
 DEFAULT_WEIGHT_CAP = 0.1
 
-_MEMORY = "constant in the number of learners: the sum, the open block and one delta, 8 bytes a number each"
+_MEMORY = "constant in the number of learners: the sum, the open block and one weighted delta, 8 bytes a number each"
 _FEDAVG_SOURCE = "McMahan et al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data"
 
 
@@ -62,19 +49,20 @@ class MeanFold:
         self._next_block = first_block
         self._open: OpenBlock | None = None
         self._sum = OrderedSum(dim)
+        self._scratch = np.empty(dim, dtype=np.float64)
         self._closed = False
 
     def add(self, delta: FloatingArray, weight: float) -> None:
         self._check_usable()
         self._check_weight(weight)
-        bounded = self._checked_delta(delta)
+        bounded = check_delta(delta, self._dim)
         if self._mechanism is not None:
-            bounded = self._checked_delta(self._mechanism.clip(bounded))
+            bounded = check_delta(self._mechanism.clip(bounded), self._dim)
         if self._open is None:
             if self._sum.holds(self._next_block):
                 refuse("bad_blocks", f"block {self._next_block} is there already: learners are added before later blocks are")
             self._open = OpenBlock(self._next_block, self._dim)
-        self._open.add(bounded.astype(np.float64) * weight, weight)
+        self._open.add(bounded, weight, scratch=self._scratch)
         if self._open.count == BLOCK_SIZE:
             self._close_block()
 
@@ -136,17 +124,6 @@ class MeanFold:
             vector=vector, denominator=denominator, weight=weight, count=count, strategy=self._strategy, mechanism=mechanism
         )
 
-    def _checked_delta(self, delta: FloatingArray) -> FloatingArray:
-        values = np.asarray(delta)
-        if values.dtype not in DTYPES:
-            refuse("wrong_dtype", f"delta must be float16, float32 or float64, not {values.dtype}")
-        if values.shape != (self._dim,):
-            refuse("wrong_shape", f"delta must have shape ({self._dim},), not {values.shape}")
-        largest = float(np.max(np.abs(values)))
-        if not largest <= MAX_VALUE:
-            refuse("not_finite", f"delta must hold finite numbers up to {MAX_VALUE}, not {largest}")
-        return values
-
     def _check_weight(self, weight: float) -> None:
         if not 0.0 <= weight <= MAX_WEIGHT:
             refuse("bad_weight", f"weight must be a finite number from 0 to {MAX_WEIGHT}, not {weight}")
@@ -169,7 +146,7 @@ class MeanFold:
         return self._strategy, self._dim, self._dtype, mechanism
 
 
-class WeightedMean(Strategy):
+class WeightedMean(FoldStrategy):
     """A strategy of this family; subclasses say what a weight is."""
 
     def start(
@@ -254,33 +231,6 @@ class Weighted(WeightedMean):
                 refuse("bad_quality", "quality must lie in [0, 1]")
             weights *= measured
         return in_range(cap_shares(in_range(weights), cap))
-
-
-def sample_weights(samples: npt.ArrayLike) -> DoubleArray:
-    """Samples per learner as weights: (n,) float64, finite, none negative.
-
-    Raises:
-        StrategyError: ``bad_weight``, ``wrong_shape`` or ``no_contributions``.
-    """
-    weights = as_numbers(samples, name="weights", code="bad_weight")
-    if weights.min() < 0.0:
-        refuse("bad_weight", f"weights must be 0 or more, not {weights.min()}")
-    return weights
-
-
-def in_range(weights: DoubleArray) -> DoubleArray:
-    """The weights, scaled by a power of two if the largest is beyond what a fold takes; ratios stay exact.
-
-    Raises:
-        StrategyError: all are zero (``zero_weight``).
-    """
-    largest = float(weights.max())
-    if largest == 0.0:
-        refuse("zero_weight", f"the weights of all {weights.shape[0]} contributions are 0: nothing can be averaged")
-    if 1.0 / MAX_WEIGHT <= largest <= MAX_WEIGHT:
-        return weights
-    mantissas, exponents = np.frexp(weights)
-    return np.asarray(np.ldexp(mantissas, exponents - frexp(largest)[1]), dtype=np.float64)
 
 
 def cap_shares(weights: DoubleArray, cap: float) -> DoubleArray:

@@ -85,4 +85,5 @@ def cut_per_side(count: int, beta: float) -> int:
 def _mean_of(values: FloatingArray) -> DoubleArray:
     """(k,) means of (k, m) ascending values, in float64; of equal values exactly that value."""
     means = np.asarray(values.sum(axis=1, dtype=np.float64) / values.shape[1])
-    return np.clip(means, values[:, 0], values[:, -1])  # rounding never leaves the range of what was averaged
+    inside: DoubleArray = np.clip(means, values[:, 0], values[:, -1])
+    return inside  # rounding never leaves the range of what was averaged

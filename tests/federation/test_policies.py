@@ -82,6 +82,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"strategy": "fedsum"}, "unknown_strategy", "fedavg, fedprox, weighted"),
     ({"strategy_parameters": {"beta": 0.1}}, "unknown_parameter", "beta"),
     ({"strategy": "weighted", "strategy_parameters": {"weight_cap": 2}}, "bad_parameter", "weight_cap"),
+    ({"strategy": "trimmed_mean", "strategy_parameters": {"beta": 0.5}}, "bad_parameter", "from 0.0 to 0.49"),
+    ({"strategy": "krum"}, "unknown_strategy", "median, trimmed_mean"),
+    *(
+        ({"strategy": name, "differential_privacy": True}, "strategy_not_private", "fedavg, fedprox with differential_privacy")
+        for name in ("weighted", "median", "trimmed_mean")
+    ),
     ({"contribution_source": "uploads"}, "bad_policy", "round, sessions"),
     ({"adaptation": "head"}, "bad_policy", "tail, difficulty_bias, tail_then_bias"),
     ({"contribution_source": "sessions", "adaptation": "difficulty_bias"}, "sessions_need_tail", "tail, tail_then_bias"),

@@ -17,10 +17,13 @@ from aivo_core.privacy import clip, global_norm
 from aivo_core.tensors import read_any, write_tensors
 from federation import strategies
 from federation.strategies import BLOCK_SIZE, BlockSum, StrategyError, blocks_from_tensors, blocks_to_tensors
+from federation.strategies.coordinate import ArrayRows, CoordinateStrategy
+from federation.strategies.order_statistics import cut_per_side
 from tests.shared import SHARED, needs_vectors
 
 Array = np.ndarray[Any, Any]
-ALL = ("fedavg", "fedprox", "weighted")
+FOLDS = ("fedavg", "fedprox", "weighted")
+ALL = (*FOLDS, "median", "trimmed_mean")
 
 
 def deltas_of(learners: int, dim: int, seed: int = 0, dtype: type = np.float32) -> Array:
@@ -28,7 +31,7 @@ def deltas_of(learners: int, dim: int, seed: int = 0, dtype: type = np.float32) 
 
 
 def folded(deltas: Array, weights: Sequence[float], name: str = "fedavg") -> Array:
-    fold = strategies.get(name).start(deltas.shape[1], dtype=deltas.dtype)
+    fold = strategies.get_fold(name).start(deltas.shape[1], dtype=deltas.dtype)
     for delta, weight in zip(deltas, weights, strict=True):
         fold.add(delta, weight)
     return fold.finish().vector
@@ -63,16 +66,43 @@ def test_the_reference_values_of_fedavg_are_reproduced(name: str) -> None:
 
 
 @needs_vectors
+@pytest.mark.parametrize(("rule", "name", "cases"), [("fedmedian", "median", 12), ("fedtrimmedavg", "trimmed_mean", 18)])
+def test_the_reference_values_of_the_order_statistics_are_reproduced(rule: str, name: str, cases: int) -> None:
+    found = [case for case in vector_cases()["cases"] if case["rule"] == rule]
+    assert len(found) == cases
+    for case in found:
+        deltas = np.stack([flat(client, case["dtype"]) for client in case["clients"]])
+        parameters = {key: value for key, value in case["params"].items() if key == "beta"}
+        result = strategies.get(name).aggregate(deltas, case["weights"], **parameters)
+        assert result.dtype == case["dtype"]
+        np.testing.assert_allclose(result, flat(case["expected"]), **case["tolerance"], err_msg=case["id"])
+        if "cut_per_side" in case["params"]:
+            assert cut_per_side(len(deltas), parameters["beta"]) == case["params"]["cut_per_side"]
+
+
+@needs_vectors
+def test_what_is_cut_is_counted_without_the_rounding_of_floating_point() -> None:
+    for learners, beta, wrong, exact in vector_cases()["trimmed_cut_float_rounding"]["rows"]:
+        assert int(beta * learners) == wrong
+        assert cut_per_side(learners, beta) == exact
+
+
+@needs_vectors
 def test_what_the_reference_implementation_accepts_wrongly_is_refused() -> None:
     listed = {row["id"] for row in vector_cases()["errors"]}
     good = deltas_of(5, 17, dtype=np.float64)
     weights = [1.0, 2.0, 3.0, 4.0, 5.0]
     poisoned = good.copy()
     poisoned[2, 3] = np.nan
+    infinite = good.copy()
+    infinite[4, 0] = np.inf
     calls = {
         "err-all-zero-weights": (good, [0.0] * 5, "zero_weight"),
         "err-nan-weight-zero": (poisoned, [1.0, 2.0, 0.0, 4.0, 5.0], "not_finite"),
         "err-nan": (poisoned, weights, "not_finite"),
+        "err-nan-median": (poisoned, weights, "not_finite"),
+        "err-nan-trim": (poisoned, weights, "not_finite"),
+        "err-inf-trim": (infinite, weights, "not_finite"),
         "err-negative-weight": (good, [1.0, -2.0, 3.0, 4.0, 5.0], "bad_weight"),
         "err-shape-first": ([np.zeros(1), *good[1:]], weights, "wrong_shape"),
         "err-shape-later": ([*good[:-1], np.zeros(1)], weights, "wrong_shape"),
@@ -96,7 +126,7 @@ samples = st.lists(st.integers(0, 10_000), min_size=1, max_size=150).filter(any)
 
 
 @settings(max_examples=60, deadline=None)
-@given(weights=samples, seed=st.integers(0, 2**16), name=st.sampled_from(ALL))
+@given(weights=samples, seed=st.integers(0, 2**16), name=st.sampled_from(FOLDS))
 def test_the_batch_and_the_fold_are_the_same_to_the_bit(weights: list[int], seed: int, name: str) -> None:
     deltas = deltas_of(len(weights), 5, seed)
     strategy = strategies.get(name)
@@ -196,7 +226,7 @@ def test_a_refused_contribution_leaves_no_trace() -> None:
 
 def test_a_contribution_of_weight_zero_is_counted_and_moves_nothing() -> None:
     deltas = deltas_of(3, 4)
-    fold = strategies.get("fedavg").start(4)
+    fold = strategies.get_fold("fedavg").start(4)
     for delta, weight in zip(deltas, [0.0, 2.0, 0.0], strict=True):
         fold.add(delta, weight)
     aggregate = fold.finish()
@@ -206,10 +236,77 @@ def test_a_contribution_of_weight_zero_is_counted_and_moves_nothing() -> None:
 
 def test_later_changes_of_a_delta_do_not_reach_the_result() -> None:
     delta = np.ones(3, np.float32)
-    fold = strategies.get("fedavg").start(3)
+    fold = strategies.get_fold("fedavg").start(3)
     fold.add(delta, 1.0)
     delta[:] = 7.0
     np.testing.assert_array_equal(fold.finish().vector, np.ones(3))
+
+
+# --- coordinates by themselves -----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 140), st.integers(1, 40)),
+    beta=st.floats(0.0, 0.49),
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    block_bytes=st.integers(1, 20_000),
+    threads=st.integers(1, 3),
+)
+def test_blocks_threads_and_order_change_nothing_of_an_order_statistic(
+    shape: tuple[int, int], beta: float, seed: int, dtype: type, block_bytes: int, threads: int
+) -> None:
+    deltas = deltas_of(*shape, seed, dtype)
+    order = np.random.default_rng(seed).permutation(shape[0])
+    for name, parameters in (("median", {}), ("trimmed_mean", {"beta": beta})):
+        strategy = strategies.get(name)
+        assert isinstance(strategy, CoordinateStrategy)
+        whole = strategy.aggregate(deltas, np.ones(shape[0]), **parameters)
+        blockwise = strategy.combine(ArrayRows(deltas[order]), parameters=parameters, threads=threads, block_bytes=block_bytes)
+        assert blockwise.vector.tobytes() == whole.tobytes()
+        assert blockwise.count == blockwise.weight == shape[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(learners=st.integers(1, 80), beta=st.floats(0.0, 0.49), seed=st.integers(0, 2**16))
+def test_order_statistics_are_what_they_are_called(learners: int, beta: float, seed: int) -> None:
+    deltas = deltas_of(learners, 6, seed, np.float64)
+    np.testing.assert_array_equal(strategies.get("median").aggregate(deltas, np.ones(learners)), np.median(deltas, axis=0))
+    cut = cut_per_side(learners, beta)
+    kept = np.sort(deltas, axis=0)[cut : learners - cut]
+    result = strategies.get("trimmed_mean").aggregate(deltas, np.ones(learners), beta=beta)
+    np.testing.assert_allclose(result, kept.mean(axis=0), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed_mean"])
+def test_a_minority_that_sends_anything_stays_within_the_honest_range(name: str) -> None:
+    honest = deltas_of(8, 5, dtype=np.float64)
+    attackers = np.array([[1e140], [-1e140]]) * np.ones(5)
+    result = strategies.get(name).aggregate(np.concatenate([honest, attackers]), [1.0] * 8 + [1e9] * 2)
+    assert np.all(result >= honest.min(axis=0)) and np.all(result <= honest.max(axis=0))
+
+
+def test_what_needs_all_deltas_at_once_does_not_fold() -> None:
+    for name in ("median", "trimmed_mean"):
+        with pytest.raises(StrategyError, match="fedavg, fedprox, weighted") as error:
+            strategies.get_fold(name)
+        assert error.value.code == "not_foldable"
+
+
+def test_a_source_that_fails_ends_the_work_with_its_error() -> None:
+    class Failing(ArrayRows):
+        def read(self, row: int, start: int, stop: int) -> Array:
+            if row == 1 and start > 0:
+                raise OSError("gone")
+            return super().read(row, start, stop)
+
+    strategy = strategies.get("median")
+    assert isinstance(strategy, CoordinateStrategy)
+    with pytest.raises(OSError, match="gone"):
+        strategy.combine(Failing(deltas_of(3, 100)), threads=2, block_bytes=1000)
+    with refused("no_contributions"):
+        strategy.combine(ArrayRows(deltas_of(0, 4)))
 
 
 # --- blocks and shards ------------------------------------------------------------------------------------------------
@@ -296,9 +393,9 @@ def test_missing_doubled_and_short_blocks_are_refused() -> None:
 
 
 def test_folds_of_different_rounds_are_not_merged() -> None:
-    fedavg = strategies.get("fedavg")
+    fedavg = strategies.get_fold("fedavg")
     fold = fedavg.start(2)
-    others = [fedavg.start(3), fedavg.start(2, dtype=np.float64), strategies.get("fedprox").start(2), fold]
+    others = [fedavg.start(3), fedavg.start(2, dtype=np.float64), strategies.get_fold("fedprox").start(2), fold]
     others.append(fedavg.start(2, mechanism=ClipOnly(1.0, 5.0)))
     for other in others:
         with refused("bad_blocks"):
@@ -306,10 +403,10 @@ def test_folds_of_different_rounds_are_not_merged() -> None:
 
 
 def test_a_finished_fold_cannot_be_used_again() -> None:
-    fold = strategies.get("fedavg").start(2)
+    fold = strategies.get_fold("fedavg").start(2)
     fold.add(np.ones(2, np.float32), 1.0)
     fold.finish()
-    handed_over = strategies.get("fedavg").start(2)
+    handed_over = strategies.get_fold("fedavg").start(2)
     handed_over.add(np.ones(2, np.float32), 1.0)
     handed_over.parts()
     for used in (fold, handed_over):
@@ -318,7 +415,7 @@ def test_a_finished_fold_cannot_be_used_again() -> None:
             used.parts,
             lambda used=used: used.add(np.ones(2, np.float32), 1.0),
             lambda used=used: used.add_blocks([]),
-            lambda used=used: used.merge(strategies.get("fedavg").start(2)),
+            lambda used=used: used.merge(strategies.get_fold("fedavg").start(2)),
         ]
         for call in calls:
             with refused("finished"):
@@ -348,7 +445,7 @@ def good_block() -> BlockSum:
     ],
 )
 def test_a_malformed_block_is_refused(changes: dict[str, Any], code: str) -> None:
-    fold = strategies.get("fedavg").start(2)
+    fold = strategies.get_fold("fedavg").start(2)
     with refused(code):
         fold.add_blocks([replace(good_block(), **changes)])
     fold.add_blocks([good_block()])
@@ -411,7 +508,7 @@ class ClipOnly:
 def test_a_mechanism_sees_every_delta_and_the_sum_once_and_fixes_the_denominator(name: str) -> None:
     deltas = deltas_of(100, 6) * 3.0
     mechanism = ClipOnly(norm=0.5, denominator=120.0)
-    fold = strategies.get(name).start(6, mechanism=mechanism)
+    fold = strategies.get_fold(name).start(6, mechanism=mechanism)
     for delta in deltas:
         fold.add(delta, 1.0)
     aggregate = fold.finish()
@@ -429,7 +526,7 @@ def test_an_outlier_moves_the_clipped_mean_by_at_most_its_bound() -> None:
     without = ClipOnly(1.0, 20.0)
     results = []
     for extra in ([], [np.full(6, 1e9)]):
-        fold = strategies.get("fedavg").start(6, dtype=np.float64, mechanism=without)
+        fold = strategies.get_fold("fedavg").start(6, dtype=np.float64, mechanism=without)
         for delta in [*deltas, *extra]:
             fold.add(delta, 1.0)
         results.append(fold.finish().vector)
@@ -438,7 +535,7 @@ def test_an_outlier_moves_the_clipped_mean_by_at_most_its_bound() -> None:
 
 def test_an_identity_mechanism_with_the_cohort_as_denominator_is_the_plain_mean() -> None:
     deltas = deltas_of(90, 5)
-    fold = strategies.get("fedavg").start(5, mechanism=Identity(denominator=90.0))
+    fold = strategies.get_fold("fedavg").start(5, mechanism=Identity(denominator=90.0))
     for delta in deltas:
         fold.add(delta, 1.0)
     assert fold.finish().vector.tobytes() == folded(deltas, [1.0] * 90).tobytes()
@@ -446,7 +543,7 @@ def test_an_identity_mechanism_with_the_cohort_as_denominator_is_the_plain_mean(
 
 def test_a_mechanism_answers_for_an_empty_cohort_too() -> None:
     mechanism = ClipOnly(1.0, 8.0)
-    aggregate = strategies.get("fedavg").start(3, mechanism=mechanism).finish()
+    aggregate = strategies.get_fold("fedavg").start(3, mechanism=mechanism).finish()
     np.testing.assert_array_equal(aggregate.vector, np.zeros(3))
     assert aggregate.count == 0
     assert len(mechanism.sums) == 1
@@ -455,10 +552,10 @@ def test_a_mechanism_answers_for_an_empty_cohort_too() -> None:
 def test_a_mechanism_is_applied_once_however_the_round_was_sharded() -> None:
     deltas = deltas_of(2 * BLOCK_SIZE + 7, 4)
     whole, merged = ClipOnly(0.3, 50.0), ClipOnly(0.3, 50.0)
-    fold = strategies.get("fedavg").start(4, mechanism=whole)
+    fold = strategies.get_fold("fedavg").start(4, mechanism=whole)
     for delta in deltas:
         fold.add(delta, 1.0)
-    shards = [strategies.get("fedavg").start(4, first_block=index, mechanism=merged) for index in range(3)]
+    shards = [strategies.get_fold("fedavg").start(4, first_block=index, mechanism=merged) for index in range(3)]
     for index, delta in enumerate(deltas):
         shards[index // BLOCK_SIZE].add(delta, 1.0)
     shards[0].merge(shards[2])
@@ -468,7 +565,7 @@ def test_a_mechanism_is_applied_once_however_the_round_was_sharded() -> None:
 
 
 def test_under_a_mechanism_weights_are_uniform() -> None:
-    fold = strategies.get("fedavg").start(2, mechanism=ClipOnly(1.0, 5.0))
+    fold = strategies.get_fold("fedavg").start(2, mechanism=ClipOnly(1.0, 5.0))
     for weight in (0.0, 0.5, 2.0):
         with refused("not_private"):
             fold.add(np.ones(2, np.float32), weight)
@@ -479,13 +576,13 @@ def test_under_a_mechanism_weights_are_uniform() -> None:
 @pytest.mark.parametrize("denominator", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_mechanism_without_a_usable_denominator_is_refused(denominator: float) -> None:
     with refused("not_private"):
-        strategies.get("fedavg").start(2, mechanism=Identity(denominator))
+        strategies.get_fold("fedavg").start(2, mechanism=Identity(denominator))
 
 
 def test_a_strategy_that_is_not_made_for_a_mechanism_refuses_one() -> None:
     assert not strategies.get("weighted").info.privacy_compatible
     with refused("not_private"):
-        strategies.get("weighted").start(2, mechanism=ClipOnly(1.0, 5.0))
+        strategies.get_fold("weighted").start(2, mechanism=ClipOnly(1.0, 5.0))
 
 
 def test_a_mechanism_never_sees_values_that_are_not_finite() -> None:
@@ -494,7 +591,7 @@ def test_a_mechanism_never_sees_values_that_are_not_finite() -> None:
             assert np.isfinite(delta).all()
             return super().clip(delta)
 
-    fold = strategies.get("fedavg").start(2, mechanism=Watching(1.0, 5.0))
+    fold = strategies.get_fold("fedavg").start(2, mechanism=Watching(1.0, 5.0))
     with refused("not_finite"):
         fold.add(np.array([np.nan, 1e9], np.float32), 1.0)
 
@@ -514,12 +611,12 @@ class Elsewhere:
 def test_sums_made_elsewhere_take_the_place_of_their_learners() -> None:
     deltas = deltas_of(150, 4)
     groups = [deltas[:40], deltas[40:47], deltas[47:]]
-    fold = strategies.get("fedavg").start(4)
+    fold = strategies.get_fold("fedavg").start(4)
     fold.add_sums(Elsewhere(groups))
     aggregate = fold.finish()
     np.testing.assert_allclose(aggregate.vector, deltas.mean(axis=0), rtol=1e-5, atol=1e-7)
     assert aggregate.count == 150
-    private = strategies.get("fedavg").start(4, mechanism=Identity(denominator=200.0))
+    private = strategies.get_fold("fedavg").start(4, mechanism=Identity(denominator=200.0))
     private.add_sums(Elsewhere(groups))
     np.testing.assert_allclose(private.finish().vector, deltas.sum(axis=0) / 200.0, rtol=1e-5, atol=1e-7)
 
@@ -631,7 +728,7 @@ def test_the_message_names_the_contribution() -> None:
 def test_an_unknown_strategy_is_refused_with_the_allowed_names() -> None:
     assert strategies.names() == ALL
     for name in ("FedAvg", "", "krum2", "\x00"):
-        with pytest.raises(StrategyError, match="fedavg, fedprox, weighted") as error:
+        with pytest.raises(StrategyError, match="fedavg, fedprox, weighted, median, trimmed_mean") as error:
             strategies.get(name)
         assert error.value.code == "unknown_strategy"
 
@@ -646,7 +743,7 @@ def test_an_unknown_parameter_is_refused_with_the_allowed_ones(name: str, parame
     assert error.value.code == "unknown_parameter"
     if "quality" not in parameters:
         with refused("unknown_parameter"):
-            strategies.get(name).start(2, parameters=parameters)
+            strategies.get_fold(name).start(2, parameters=parameters)
     else:
         with refused("unknown_parameter"):
             strategies.get(name).weigh([1.0], quality=[1.0])
@@ -665,8 +762,9 @@ def test_every_strategy_describes_itself(name: str) -> None:
     assert info.source
     assert info.memory
     assert info.weight
-    assert info.breakdown_point == 0.0
+    assert info.breakdown_point == {"median": 0.5, "trimmed_mean": 0.2}.get(name, 0.0)
     assert info.minimum_cohort == 1
+    assert info.privacy_compatible == (name in ("fedavg", "fedprox"))
     for parameter in info.parameters:
         assert parameter.low <= parameter.default <= parameter.high
         assert parameter.meaning
@@ -682,11 +780,11 @@ def test_every_strategy_describes_itself(name: str) -> None:
 )
 def test_a_fold_that_makes_no_sense_does_not_start(arguments: dict[str, Any], code: str) -> None:
     with refused(code):
-        strategies.get("fedavg").start(**arguments)
+        strategies.get_fold("fedavg").start(**arguments)
 
 
 def test_a_result_beyond_the_type_of_the_deltas_is_refused() -> None:
-    fold = strategies.get("fedavg").start(1, dtype=np.float16, mechanism=Identity(denominator=0.001))
+    fold = strategies.get_fold("fedavg").start(1, dtype=np.float16, mechanism=Identity(denominator=0.001))
     fold.add(np.full(1, 60_000, np.float16), 1.0)
     with refused("not_finite"):
         fold.finish()

@@ -14,6 +14,7 @@ from django.utils import timezone
 
 from aivo_site.jobs.models import Job, JobLog, JobState
 from aivo_site.jobs.services import run_here
+from federation import strategies
 from federation.models import AggregationRound, RoundState
 from federation.policies import default_policy
 from learners.models import Learner, Organisation, OrganisationMembership, Pool
@@ -217,6 +218,8 @@ def test_a_policy_that_no_round_could_run_is_refused_where_it_is_written() -> No
         assert words in page.content.decode()
         policy.refresh_from_db()
         assert (policy.differential_privacy, policy.server_learning_rate, policy.contribution_source) == (False, 1.0, "round")
+    offered = [choice[0] for choice in client.get(url).context["adminform"].form.fields["strategy"].choices]
+    assert offered == list(strategies.names())
     saved = client.post(url, {**values, "minimum_learners": "8"})
     assert saved.status_code == 302, saved.context["adminform"].form.errors
     policy.refresh_from_db()
