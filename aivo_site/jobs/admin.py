@@ -8,21 +8,24 @@ from uuid import UUID
 from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
 from django.db import transaction
+from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect, JsonResponse
 from django.shortcuts import get_object_or_404
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 from django.utils import timezone
+from django.utils.html import format_html
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy, ngettext
 from django.views.decorators.http import require_POST
+from unfold.admin import TabularInline
 from unfold.decorators import display
 
 from aivo_site.audit import services as audit
 from aivo_site.console.admin_base import ReadOnlyAdmin
 from aivo_site.errors import DomainError
 from aivo_site.jobs import services
-from aivo_site.jobs.models import Job, JobState, ScheduleRun, WorkerHeartbeat
+from aivo_site.jobs.models import Job, JobShard, JobState, ScheduleRun, ShardState, WorkerHeartbeat
 
 STATE_COLOURS = {
     JobState.QUEUED: "info",
@@ -32,8 +35,52 @@ STATE_COLOURS = {
     JobState.CANCELLED: "",
     JobState.SKIPPED: "",
 }
+SHARD_COLOURS = {
+    ShardState.WAITING: "info",
+    ShardState.RUNNING: "warning",
+    ShardState.DONE: "success",
+    ShardState.FAILED: "danger",
+}
 SILENT_AFTER_SECONDS = 60
 LOG_LINES = 500
+
+
+class JobShardInline(TabularInline):  # type: ignore[misc]
+    """The parts of a job that workers share, a page of them at a time."""
+
+    model = JobShard
+    fk_name = "parent"
+    fields = readonly_fields = ("phase", "index", "size", "shown_state", "starts", "worker", "error_message")
+    ordering = ("created_at", "phase", "index")
+    per_page = 20
+    extra = max_num = 0
+    can_delete = False
+    show_change_link = False
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[JobShard]:
+        rows: QuerySet[JobShard] = super().get_queryset(request)
+        return rows.select_related("worker_job").defer("params", "result")
+
+    @display(description=gettext_lazy("state"), label=SHARD_COLOURS)
+    def shown_state(self, shard: JobShard) -> tuple[str, str]:
+        return shard.state, shard.get_state_display()
+
+    @display(description=gettext_lazy("done by"))
+    def worker(self, shard: JobShard) -> str:
+        job = shard.worker_job
+        if job is None:
+            return "-"
+        return format_html('<a href="{}">{}</a>', reverse("admin:jobs_job_change", args=[job.pk]), job)
+
+    def has_add_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
+        return False
+
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:  # noqa: ARG002
+        """Whoever may see the job."""
+        return bool(request.user.has_perm("jobs.view_job"))
 
 
 @admin.register(Job)
@@ -80,6 +127,10 @@ class JobAdmin(ReadOnlyAdmin):
             path("<uuid:job_id>/cancel/", require_POST(self.admin_site.admin_view(self.cancel_view)), name="jobs_job_cancel"),
             *super().get_urls(),
         ]
+
+    def get_inlines(self, request: HttpRequest, obj: Job | None = None) -> tuple[type[JobShardInline], ...]:  # noqa: ARG002
+        """Few jobs have parts."""
+        return (JobShardInline,) if obj is not None and obj.shards.exists() else ()
 
     def render_change_form(self, request: HttpRequest, context: dict[str, Any], *args: Any, **kwargs: Any) -> HttpResponse:
         job = kwargs.get("obj")

@@ -63,3 +63,13 @@ class UnknownSchedule(UsageError):
     """No schedule of this name is declared."""
 
     default_code = "unknown_schedule"
+
+
+class ShardFailed(DomainError):
+    """A part of the job failed in another worker; ``code`` and message are that failure's."""
+
+    default_code = "shard_failed"
+
+
+class ShardStopped(Exception):
+    """Raised inside a shard's handler that ends before the shard is done; the shard waits again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from django.db import transaction
 from django.db.models import QuerySet
@@ -16,7 +17,17 @@ from django_q.models import Failure
 from aivo_site.jobs import lease, limits, queueing
 from aivo_site.jobs.errors import UnknownKind
 from aivo_site.jobs.lease import Ending
-from aivo_site.jobs.models import Job, JobLog, JobState, LogLevel, Queue, ScheduleRun, WorkerHeartbeat
+from aivo_site.jobs.models import (
+    TERMINAL_JOB_STATES,
+    Job,
+    JobLog,
+    JobShard,
+    JobState,
+    LogLevel,
+    Queue,
+    ScheduleRun,
+    WorkerHeartbeat,
+)
 from aivo_site.jobs.queueing import Message
 from aivo_site.jobs.registry import get_kind
 
@@ -29,6 +40,7 @@ JANITOR_JOBS_KEPT = timedelta(days=1)
 SCHEDULE_RUNS_KEPT = timedelta(days=400)
 FAILED_MESSAGES_KEPT = timedelta(days=30)
 WORKERS_KEPT = timedelta(hours=1)
+SHARDS_KEPT = timedelta(days=7)
 INVISIBLE_QUEUE_WAIT = timedelta(minutes=30)
 """How long a message may wait in a broker that cannot be looked into before it is sent again."""
 
@@ -151,9 +163,10 @@ def _by_job(messages: list[Message]) -> dict[object, list[Message]]:
 
 def _prune(now: datetime) -> int:
     """Delete rows past their time, a bounded number at once; what is left goes next time."""
-    old: list[QuerySet[Job] | QuerySet[ScheduleRun] | QuerySet[WorkerHeartbeat] | QuerySet[Failure]] = [
+    old: list[QuerySet[Any]] = [
         Job.objects.filter(kind=JANITOR_KIND, state=JobState.SUCCEEDED, finished_at__lt=now - JANITOR_JOBS_KEPT),
         Job.objects.filter(finished_at__lt=now - JOBS_KEPT),
+        JobShard.objects.filter(parent__state__in=TERMINAL_JOB_STATES, parent__finished_at__lt=now - SHARDS_KEPT),
         ScheduleRun.objects.filter(slot="", created_at__lt=now - SCHEDULE_RUNS_KEPT),
         ScheduleRun.objects.exclude(slot="").filter(created_at__lt=now - 2 * JANITOR_JOBS_KEPT),
         WorkerHeartbeat.objects.filter(last_seen_at__lt=now - WORKERS_KEPT),
@@ -162,7 +175,7 @@ def _prune(now: datetime) -> int:
     return sum(_delete_some(rows) for rows in old)
 
 
-def _delete_some(rows: QuerySet[Job] | QuerySet[ScheduleRun] | QuerySet[WorkerHeartbeat] | QuerySet[Failure]) -> int:
+def _delete_some(rows: QuerySet[Any]) -> int:
     ids = list(rows.values_list("pk", flat=True)[:_PRUNED_AT_ONCE])
     rows.filter(pk__in=ids).delete()
     return len(ids)

@@ -62,6 +62,11 @@ def claim(job_id: UUID | str, *, token: UUID) -> Job | None:
     return Job.objects.get(id=job_id) if taken else None
 
 
+def alive() -> Q:
+    """The condition on jobs that a run holds the lease now."""
+    return Q(state=JobState.RUNNING, lease_expires_at__gt=timezone.now())
+
+
 def owned(job_id: UUID, *, token: UUID) -> Job | None:
     """The running job, if this token still owns it."""
     return Job.objects.filter(id=job_id, state=JobState.RUNNING, owner=token).first()
@@ -87,6 +92,11 @@ def finish_expired(job: Job, *, ending: Ending) -> bool:
     return _finish(Q(owner=job.owner, lease_expires_at=job.lease_expires_at), job.id, ending, None)
 
 
+def finish_waiting(job_id: UUID, *, ending: Ending) -> bool:
+    """Write the terminal state of a job that no run has begun. False: one has, and nothing changed."""
+    return _finish(Q(), job_id, ending, None, state=JobState.QUEUED)
+
+
 def release(job: Job, *, count_start: bool) -> bool:
     """Put a running job back to waiting, unless its lease moved since ``job`` was read or a cancel was asked for.
 
@@ -109,9 +119,9 @@ def release(job: Job, *, count_start: bool) -> bool:
     return changed == 1
 
 
-def _finish(owner: Q, job_id: UUID, ending: Ending, progress: Progress | None) -> bool:
+def _finish(owner: Q, job_id: UUID, ending: Ending, progress: Progress | None, *, state: JobState = JobState.RUNNING) -> bool:
     now = timezone.now()
-    changed = Job.objects.filter(owner, id=job_id, state=JobState.RUNNING).update(
+    changed = Job.objects.filter(owner, id=job_id, state=state).update(
         state=ending.state,
         result=ending.result,
         error_code=ending.error_code,

@@ -100,6 +100,54 @@ class Job(Row):
         return self.state in TERMINAL_JOB_STATES
 
 
+class ShardState(models.TextChoices):
+    WAITING = "WAITING", _("waiting")
+    RUNNING = "RUNNING", _("running")
+    DONE = "DONE", _("done")
+    FAILED = "FAILED", _("failed")
+
+
+class JobShard(Row):
+    """A bounded part of a job's work, which any worker may do.
+
+    A running shard belongs to the run that claimed it: its job (``worker_job``) and that run's lease token (``holder``). When
+    that run is dead, another may claim the shard.
+    """
+
+    parent = models.ForeignKey(Job, verbose_name=_("job"), on_delete=models.CASCADE, related_name="shards")
+    phase = models.CharField(_("phase"), max_length=64)
+    index = models.PositiveIntegerField(_("number"), help_text=_("Results are put together in this order."))
+    size = models.PositiveIntegerField(_("steps"), default=1, help_text=_("How much of the job's progress it is."))
+    params = models.JSONField(_("parameters"), default=dict, blank=True, help_text=_("Ids, numbers and words."))
+    state = models.CharField(_("state"), max_length=16, choices=ShardState.choices, default=ShardState.WAITING)
+    worker_job = models.ForeignKey(
+        Job, verbose_name=_("done by"), null=True, blank=True, on_delete=models.SET_NULL, related_name="+"
+    )
+    holder = models.UUIDField(_("lease token of the run that has it"), null=True, blank=True)
+    starts = models.PositiveIntegerField(_("starts"), default=0, help_text=_("How often a worker began it."))
+    result = models.JSONField(_("result"), null=True, blank=True)
+    error_code = models.CharField(_("error code"), max_length=64, blank=True)
+    error_message = models.TextField(_("error"), blank=True)
+
+    class Meta:
+        verbose_name = _("part of a job")
+        verbose_name_plural = _("parts of jobs")
+        ordering = ("parent", "created_at", "index")
+        constraints = (
+            models.UniqueConstraint(fields=["parent", "phase", "index"], name="job_shard_once"),
+            models.CheckConstraint(condition=Q(state__in=ShardState.values), name="job_shard_state_known"),
+            models.CheckConstraint(
+                condition=~Q(state=ShardState.RUNNING) | Q(holder__isnull=False), name="job_shard_running_has_holder"
+            ),
+            models.CheckConstraint(
+                condition=~Q(state=ShardState.DONE) | Q(result__isnull=False), name="job_shard_done_has_result"
+            ),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.index}"
+
+
 class JobLog(models.Model):
     """One line a job wrote."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aivo_site.jobs.errors import UnknownKind
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from django.utils.functional import _StrPromise
 
     from aivo_site.jobs.context import JobContext
+    from aivo_site.jobs.shards import ShardContext
+
+ShardHandler = Callable[["ShardContext"], Mapping[str, Any]]
+"""Does one shard and returns its result, a JSON object. Idempotent: a shard may run twice, at the same moment even."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +28,23 @@ class JobKind:
         run: does the work and returns its result as a JSON object. Raises ``Skipped`` where there was nothing to do and
             another ``DomainError`` for an expected failure. It may run more than once: a worker can die half way.
         queue: ``default`` for short work, ``training`` for long work.
-        child_process: run in a process of its own; needed for TensorFlow, and so that memory returns to the system.
+        child_process: run in a process of its own; needed for TensorFlow, and so that memory returns to the system. A function
+            of the job's parameters where it depends on them.
         max_starts: how often workers may begin it before a lost run is a failure.
+        shard_handlers: by the name of the phase, what does one shard of a job that several workers share.
     """
 
     name: str
     label: str | _StrPromise
     run: Callable[[JobContext], Mapping[str, Any]]
     queue: str = "default"
-    child_process: bool = False
+    child_process: bool | Callable[[Mapping[str, Any]], bool] = False
     max_starts: int = 3
+    shard_handlers: Mapping[str, ShardHandler] = field(default_factory=dict)
+
+    def needs_child(self, params: Mapping[str, Any]) -> bool:
+        """Whether a job with these parameters runs in a process of its own."""
+        return self.child_process(params) if callable(self.child_process) else self.child_process
 
 
 _KINDS: dict[str, JobKind] = {}

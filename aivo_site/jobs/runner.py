@@ -63,7 +63,12 @@ def _run(job_id: UUID, token: UUID) -> str:
         except UnknownKind as error:
             lease.finish(job_id, token=token, ending=ending_of(error))
             return "unknown kind"
-        if kind.child_process:
+        try:
+            needs_child = kind.needs_child(job.params)
+        except Exception as error:  # noqa: BLE001 - parameters that cannot be judged fail their job, not the worker
+            lease.finish(job_id, token=token, ending=ending_of(error))
+            return "bad parameters"
+        if needs_child:
             run_in_child(job, token=token, deadline_seconds=child_deadline(job.queue))
         else:
             execute(job, kind, token=token)

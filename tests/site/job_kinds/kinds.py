@@ -11,6 +11,8 @@ from typing import Any
 from aivo_site.errors import DomainError, Skipped
 from aivo_site.jobs.context import JobContext
 from aivo_site.jobs.registry import JobKind, register
+from aivo_site.jobs.shard_helpers import do_in_shards
+from aivo_site.jobs.shards import MAX_STARTS, ShardContext, ShardPlan
 
 
 def follow(context: JobContext) -> Mapping[str, Any]:
@@ -45,8 +47,46 @@ def _end(context: JobContext) -> Mapping[str, Any]:
     }
 
 
+def in_child(params: Mapping[str, Any]) -> bool:
+    return bool(params.get("child", True))
+
+
+def share(context: JobContext) -> Mapping[str, Any]:
+    """``shards`` of two steps, each ``step_seconds``; ``lethal`` ones kill the process that does them."""
+    lethal = context.params.get("lethal", [])
+    plans = [
+        ShardPlan({"number": number, "seconds": context.params.get("step_seconds", 0), "lethal": number in lethal}, size=2)
+        for number in range(int(context.params.get("shards", 6)))
+    ]
+    found = do_in_shards(
+        job=context.job,
+        phase="square",
+        make=lambda: plans,
+        handler=square,
+        should_stop=context.should_stop,
+        progress=lambda done, total: context.progress(done, total, "squaring"),
+    )
+    if found is None:
+        context.check_cancelled()
+        raise DomainError("stopped for no reason", code="stopped")
+    return {"squares": [entry["square"] for entry in found], "pids": sorted({entry["pid"] for entry in found})}
+
+
+def square(context: ShardContext) -> Mapping[str, Any]:
+    for step in range(2):
+        if context.params["lethal"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(context.params["seconds"])
+        context.progress(step + 1)
+        context.check_stopped()
+    return {"square": context.params["number"] ** 2, "pid": os.getpid()}
+
+
 def register_kinds() -> None:
     register(JobKind(name="follow", label="follow", run=follow))
     register(JobKind(name="follow_child", label="follow in a child", run=follow, child_process=True))
     register(JobKind(name="follow_training", label="follow in a child, long", run=follow, queue="training", child_process=True))
     register(JobKind(name="follow_twice", label="follow, two starts", run=follow, max_starts=2))
+    shared = {"queue": "training", "max_starts": MAX_STARTS + 2, "shard_handlers": {"square": square}}
+    register(JobKind(name="share", label="share", run=share, **shared))
+    register(JobKind(name="share_child", label="share in children", run=share, child_process=in_child, **shared))
