@@ -7,6 +7,7 @@ folded once per main version, a tail per learner: the trunk's last normalisation
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,12 +99,18 @@ class FoldedTail:
             NetworkError: ``wrong_shape`` or ``wrong_dtype``.
         """
         _check_rows("activations", activations, self.units)
+        return _head_outputs(self._logits(activations), self.slices)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays."""
+        return sum(layer.kernel.nbytes + layer.bias.nbytes for layer in (*self.layers, self.heads))
+
+    def _logits(self, activations: FloatArray) -> FloatArray:
         hidden = activations
         for layer in self.layers:
             hidden = _relu(layer(hidden))
-        logits = self.heads(hidden)
-        content, difficulty, path = (_softmax(logits[:, part]) for part in self.slices)
-        return HeadOutputs(content, difficulty, path)
+        return self.heads(hidden)
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,45 @@ def fold_tail(spec: NetworkSpec, weights: Weights, tail: FloatArray) -> FoldedTa
     heads = [_fold_dense(replaced, head.name, before_heads) for head in spec.heads]
     together = _Layer(np.concatenate([h.kernel for h in heads], axis=1), np.concatenate([h.bias for h in heads]))
     return FoldedTail(spec.feature_dim, layers, together, slices)
+
+
+def forward_each(tails: Sequence[FoldedTail], activations: FloatArray) -> HeadOutputs:
+    """Every tail on rows of its own, one pass over the tails' memory; the heads' probabilities are made for all at once.
+
+    Args:
+        tails: n, folded for one network.
+        activations: (n, rows, units) float32, of the trunk they stand on.
+
+    Returns:
+        ``HeadOutputs`` of (n, rows, units of the head) each.
+
+    Raises:
+        NetworkError: ``wrong_shape`` or ``wrong_dtype``; ``bad_network`` for tails with heads at different places.
+    """
+    if not tails or activations.ndim != 3 or len(activations) != len(tails):
+        raise NetworkError(
+            f"activations must have shape (tails, rows, units) for at least one tail, not {activations.shape} for {len(tails)}",
+            code="wrong_shape",
+        )
+    first = tails[0]
+    _check_rows("activations", activations[0], first.units)
+    for tail in tails:
+        if tail.slices != first.slices or tail.units != first.units or len(tail.layers) != len(first.layers):
+            raise NetworkError("tails of different networks cannot be computed together", code="bad_network")
+    hidden = activations
+    for layers in zip(*(tail.layers for tail in tails), strict=True):
+        hidden = _relu(_each_layer(layers, hidden))
+    return _head_outputs(_each_layer([tail.heads for tail in tails], hidden), first.slices)
+
+
+def _each_layer(layers: Sequence[_Layer], x: FloatArray) -> FloatArray:
+    """(n, rows, k) through n layers; the biases are added to all at once, which spares a call per layer."""
+    kernels = [layer.kernel for layer in layers]
+    result = np.empty((*x.shape[:2], kernels[0].shape[1]), dtype=np.float32)
+    for rows, kernel, out in zip(x, kernels, result, strict=True):
+        np.dot(rows, kernel, out=out)
+    result += np.stack([layer.bias for layer in layers])[:, None]
+    return result
 
 
 def trunk_features(trunk: FoldedTrunk, x: FloatArray) -> FloatArray:
@@ -260,9 +306,14 @@ def _relu(fresh: FloatArray) -> FloatArray:
     return fresh
 
 
+def _head_outputs(logits: FloatArray, slices: tuple[slice, slice, slice]) -> HeadOutputs:
+    content, difficulty, path = (_softmax(logits[..., part]) for part in slices)
+    return HeadOutputs(content, difficulty, path)
+
+
 def _softmax(logits: FloatArray) -> FloatArray:
-    shifted: FloatArray = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shifted /= shifted.sum(axis=1, keepdims=True)
+    shifted: FloatArray = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shifted /= shifted.sum(axis=-1, keepdims=True)
     return shifted
 
 

@@ -15,6 +15,7 @@ from uuid import UUID
 from django.db import connections, router
 from django.utils import timezone
 
+from learners.history_stamps import stamp_histories
 from learners.models import Interaction
 from learners.standings import IncomingEvent
 
@@ -36,13 +37,14 @@ _ADAPTED_COLUMNS = ("id", "created_at", "updated_at", "learner_id", "occurred_at
 
 
 def insert_interactions(rows: Sequence[NewInteraction]) -> None:
-    """Insert all rows or none; call it inside a transaction.
+    """Insert all rows or none, and give their learners a new ``history_stamp``; call it inside a transaction.
 
     Raises:
         django.db.IntegrityError: one of them breaks a constraint.
     """
     if not rows:
         return
+    stamp_histories(row.learner for row in rows)
     connection = connections[router.db_for_write(Interaction)]
     adapt_key = connection.ops.adapt_datetimefield_value
     columns = ", ".join(connection.ops.quote_name(name) for name in (*_ADAPTED_COLUMNS, *_PLAIN_COLUMNS))

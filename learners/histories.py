@@ -6,8 +6,10 @@ A learner is ordered by ``seq`` if all its rows have one, else by ``occurred_at`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 from django.db.models import QuerySet
 
@@ -24,9 +26,39 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _Row = tuple[Any, ...]
 
 
-def read_history(learner: Learner) -> list[Event]:
-    """All events of one learner in its order; empty where there are none."""
-    return _events(list(Interaction.objects.filter(learner=learner).order_by().values_list(*_FIELDS)))
+@dataclass(frozen=True)
+class History:
+    """Events of one learner in its order, and where the last one stands.
+
+    Attributes:
+        last_seq: None where the learner is ordered by time, or where there is no event. last_occurred_at: the latest time of
+            the events, if any has one.
+    """
+
+    events: list[Event]
+    last_seq: int | None
+    last_occurred_at: datetime | None
+
+
+def read_history(learner: UUID, *, after_seq: int | None = None, after_time: datetime | None = None) -> History:
+    """Events of the learner with this primary key; all of them, or only those after a place of its order.
+
+    Args:
+        after_seq: of a learner who is ordered by ``seq``: only events with a greater one.
+        after_time: of a learner who is ordered by time: only later events.
+    """
+    found = Interaction.objects.filter(learner=learner)
+    if after_seq is not None:
+        found = found.filter(seq__gt=after_seq)
+    elif after_time is not None:
+        found = found.filter(occurred_at__gt=after_time)
+    rows = list(found.order_by().values_list(*_FIELDS))
+    by_seq = after_time is None and all(row[1] is not None for row in rows)
+    return History(
+        events=_events(rows),
+        last_seq=max((row[1] for row in rows), default=None) if by_seq else None,
+        last_occurred_at=max((row[2] for row in rows if row[2] is not None), default=None),
+    )
 
 
 def iter_histories(

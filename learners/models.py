@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 from django.conf import settings
@@ -108,6 +109,12 @@ class Learner(Row):
     consent_contribution = models.BooleanField(_("consent to contribution"), default=False)
     consent_external_transfer = models.BooleanField(_("consent to external transfer"), default=False)
     withdrawn_at = models.DateTimeField(_("withdrawn at"), null=True, blank=True)
+    history_stamp = models.UUIDField(
+        _("stamp of the history"),
+        default=uuid.uuid4,
+        editable=False,
+        help_text=_("Another one after every change of the learner's interactions."),
+    )
 
     objects = ScopedQuerySet.as_manager()
 
@@ -127,6 +134,13 @@ class Learner(Row):
 
     def __str__(self) -> str:
         return self.learner_id
+
+    def save(self, *args: Any, update_fields: Iterable[str] | None = None, **kwargs: Any) -> None:
+        """A row read earlier never brings an old ``history_stamp`` back, which would make stale states look current."""
+        if update_fields is None and not self._state.adding:
+            fields = (field for field in self._meta.concrete_fields if not field.primary_key)
+            update_fields = [field.name for field in fields if field.name != "history_stamp"]
+        super().save(*args, update_fields=update_fields, **kwargs)
 
 
 class ConsentEvent(AppendOnlyRow):
@@ -181,7 +195,8 @@ class BaselineAssessment(Row):
 class Interaction(Row):
     """One thing a learner did: a task answered.
 
-    A learner is ordered by ``seq`` if all rows have one, else by ``occurred_at`` and then ``arrival``.
+    A learner is ordered by ``seq`` if all rows have one, else by ``occurred_at`` and then ``arrival``. Whoever stores, changes
+    or removes one calls ``history_stamps.stamp_histories`` in the same transaction.
     """
 
     learner = models.ForeignKey(
@@ -231,6 +246,12 @@ class EncoderState(Row):
     events = models.PositiveBigIntegerField(_("events encoded"), default=0)
     last_seq = models.PositiveBigIntegerField(_("last sequence"), null=True, blank=True)
     last_occurred_at = models.DateTimeField(_("last time"), null=True, blank=True)
+    history_stamp = models.UUIDField(
+        _("stamp of the history"),
+        null=True,
+        editable=False,
+        help_text=_("The learner's when the history was read: while it is still the learner's, the state is current."),
+    )
 
     objects = OfLearnerQuerySet.as_manager()
 

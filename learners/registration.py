@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from django.db import IntegrityError, transaction
+from django.db.models.functions import Lower
 from django.utils.translation import gettext as _
 
 from learners.errors import RegistrationError, UnknownName
@@ -58,10 +59,17 @@ def find_learner(*, learner_id: str, related: Sequence[str] = ()) -> Learner:
     """
     known = re.match(LEARNER_ID_PATTERN, learner_id) is not None  # anything else may hold what a database refuses to look up
     rows = Learner.objects.select_related(*related) if related else Learner.objects.all()
-    learner: Learner | None = rows.filter(learner_id__iexact=learner_id).first() if known else None
+    # By the index on the small letters; ``iexact`` would read the whole table on SQLite.
+    lowered = rows.annotate(lowered_id=Lower("learner_id")).filter(lowered_id=learner_id.lower())
+    learner: Learner | None = lowered.first() if known else None
     if learner is None:
-        raise UnknownName(_("learner_id names no learner: %(id)s") % {"id": ascii(learner_id[:80])}, code="unknown_learner")
+        raise unknown_learner(learner_id)
     return learner
+
+
+def unknown_learner(learner_id: str) -> UnknownName:
+    """The error for an id that names no learner."""
+    return UnknownName(_("learner_id names no learner: %(id)s") % {"id": ascii(learner_id[:80])}, code="unknown_learner")
 
 
 def register_learner(

@@ -34,13 +34,13 @@ class Contribution:
     success: float
 
 
-def with_groups_left_out(encoder: Encoder, row: FloatArray) -> FloatArray:
-    """(256,) row -> (1 + groups, 256) float32: the row itself, then the row without each of ``GROUPS``."""
-    rows = np.repeat(row[None], 1 + len(GROUPS), axis=0)
+def with_groups_left_out(encoder: Encoder, rows: FloatArray) -> FloatArray:
+    """(n, 256) rows -> (n, 1 + groups, 256) float32: each row itself, then the row without each of ``GROUPS``."""
+    variants = np.repeat(rows[:, None], 1 + len(GROUPS), axis=1)
     for index, group in enumerate(GROUPS, start=1):
         start, stop = COLUMN_GROUPS[group]
-        rows[index, start:stop] = encoder.base_rates[encoder.context_slots] if group == "subject" else 0.0
-    return rows
+        variants[:, index, start:stop] = encoder.base_rates[encoder.context_slots] if group == "subject" else 0.0
+    return variants
 
 
 def contributions(category: FloatArray, success: FloatArray) -> tuple[Contribution, ...]:

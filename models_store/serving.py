@@ -2,121 +2,50 @@
 
 Two forward passes: content and path from the learner's state, then the success curve once the category is chosen; the level
 whose success chance is nearest the target is recommended. Content is the network's forecast mixed with the encoder's own.
+Both passes carry the rows without each feature group along, which say why.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from django.utils import timezone
 from django.utils.translation import gettext as _
 
-from aivo_core.encoding.encoder import Encoder
+from aivo_core.encoding.encoder import Encoder, Prediction
+from aivo_core.encoding.errors import EncodingError
 from aivo_core.encoding.labels import PATHS, path_name
-from aivo_core.encoding.state import EncoderState
-from aivo_core.inference import FoldedNetwork, blend
+from aivo_core.inference import FoldedTail, FoldedTrunk, HeadOutputs, forward_each
 from aivo_core.network import FloatArray
 from aivo_core.ordinal import attained_level, success_curve
 from aivo_site.errors import UsageError
-from learners.models import Learner
-from learners.registration import find_learner
-from models_store.cache import RecentlyUsed
-from models_store.clones import base_of
-from models_store.errors import StoreError
+from learners.registration import unknown_learner
 from models_store.evaluation import mix_content
-from models_store.explanation import Contribution, contributions, with_groups_left_out
-from models_store.forecasting import folded_tail, folded_trunk
-from models_store.learner_states import current_state
-from models_store.models import Backend, MainModelVersion, PersonalizedModel, PersonalizedModelStatus, ServingChoice
-from models_store.tail_files import read_tail
-from models_store.version_files import LoadedVersion, load_version
-from models_store.versions import active_version
-
-logger = logging.getLogger(__name__)
+from models_store.explanation import contributions, with_groups_left_out
+from models_store.learner_inputs import LearnerInputs, clear_learner_inputs, inputs_of, inputs_of_many
+from models_store.models import ServingChoice
+from models_store.recommendation import NotRecommended, Recommendation, ServedBy
+from models_store.served_models import ServedModel, clear_served_models, served_model
+from models_store.serving_stamps import ServingStamp, read_stamp, read_stamps
+from models_store.version_files import LoadedVersion
 
 DEFAULT_TARGET = 0.7
 REACH = 0.1
 """A target counts as reachable where some level's success chance lies so near."""
 
-CACHED_NETWORKS = 256
-"""Folded tails kept per process, some 210 KB each."""
-
-SERVING_STATUSES = (
-    PersonalizedModelStatus.ACTIVE,
-    PersonalizedModelStatus.TRAINING,
-    PersonalizedModelStatus.UPDATING,
-    PersonalizedModelStatus.FAILED,
-)
-"""In these the tail that the row points to is whole: a job at work or failed leaves the last good one."""
+LEARNERS_AT_ONCE = 16
+"""Learners of a batch computed together: their tails stay in the processor's cache from the first pass to the second."""
 
 BASIS_LEARNER, BASIS_CURRICULUM = "learner", "curriculum"
 
 
-@dataclass(frozen=True)
-class ServedBy:
-    """Which model answers: ``MAIN``, ``PERSONAL`` or ``BLEND``, the main version, and the learner's own version if any.
-
-    ``note`` says why the learner's own model was passed over: ``withdrawn``, ``damaged``; empty otherwise.
-    """
-
-    choice: str
-    blend: float
-    main_version: str
-    personal_version: int | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """The next step for a learner.
-
-    Attributes:
-        basis: ``learner``, or ``curriculum`` while the learner has no event: then nothing is about this learner.
-        events: events of the learner that it stands on.
-        category: name of the recommended category; ``category_probability`` its chance of coming next.
-        level: 1..9; ``success_probability`` the chance of a right answer there; ``target`` the wanted one.
-        target_reached: within .1 of the target; else ``above_target`` says whether even the hardest level is easier than
-            wanted (True), or even the easiest one harder (False); None where the target is reached or lies between levels.
-        attained_level: expected highest level the learner would get right in the category, 0..9; None by curriculum.
-        path: name of the most probable kind of step; None by curriculum. ``path_probability`` its chance.
-        content: (128,) chances of the category slots, the mixture. categories: names of the slots, "" for one without.
-        difficulty: (10,) distribution of the attained level in the category; None by curriculum.
-        success: (9,) chance of a right answer at the levels 1..9 in the category.
-        path_probabilities: (32,) chances of the path ids; None by curriculum.
-        why: contribution of each feature group; empty by curriculum.
-    """
-
-    learner_id: str
-    basis: str
-    events: int
-    category: str
-    category_probability: float
-    level: int
-    success_probability: float
-    target: float
-    target_reached: bool
-    above_target: bool | None
-    attained_level: float | None
-    path: str | None
-    path_probability: float | None
-    content: tuple[float, ...]
-    categories: tuple[str, ...]
-    difficulty: tuple[float, ...] | None
-    success: tuple[float, ...]
-    path_probabilities: tuple[float, ...] | None
-    served_by: ServedBy
-    why: tuple[Contribution, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
 def recommend(learner_id: str, *, target: float = DEFAULT_TARGET) -> Recommendation:
     """Recommend the next step.
+
+    Warm, this is one query and two forward passes; whatever was written before, by any process, is seen.
 
     Args:
         target: wanted chance of a right answer, between 0 and 1.
@@ -127,111 +56,130 @@ def recommend(learner_id: str, *, target: float = DEFAULT_TARGET) -> Recommendat
         StoreError: the main version cannot be read.
         EncodingError: ``bad_event``: an interaction of the learner cannot be encoded.
     """
-    if not 0.0 < target < 1.0:
-        raise UsageError(_("target must lie between 0 and 1, not %(target)s.") % {"target": target}, code="bad_target")
-    learner = find_learner(learner_id=learner_id, related=("personalized_model__source_version",))
-    loaded, network, served_by = _network_for(learner)
-    state = current_state(learner, loaded.encoder)
-    if not state.events:
-        return _by_curriculum(learner, loaded, target)
-    return _by_learner(learner, loaded, network, served_by, state, target)
+    _check_target(target)
+    stamp = read_stamp(learner_id)
+    if stamp is None:
+        raise unknown_learner(learner_id)
+    model = served_model(stamp)
+    inputs = inputs_of(stamp, model.loaded.encoder)
+    if inputs.prediction is None:
+        return _by_curriculum(stamp, model.loaded, target)
+    return next(_by_learner([_Asked(stamp, model, inputs, inputs.prediction)], target))
+
+
+def recommend_many(learner_ids: Sequence[str], *, target: float = DEFAULT_TARGET) -> list[Recommendation | NotRecommended]:
+    """Recommend to many learners: few queries for all, the trunk once per group of rows, every tail read once.
+
+    One entry per id, in their order; a learner who is unknown or cannot be encoded does not hold up the others. The numbers
+    are those of ``recommend`` up to float32 rounding.
+
+    Raises:
+        UsageError: ``bad_target``.
+        NoMainModel: no version is active.
+        StoreError: the main version cannot be read.
+    """
+    _check_target(target)
+    stamps = read_stamps(learner_ids)
+    models = {key: served_model(stamp) for key, stamp in stamps.items()}
+    results: dict[str, Recommendation | NotRecommended] = {}
+    for together in _same_network(models):
+        asked = []
+        loaded = models[together[0]].loaded
+        inputs = inputs_of_many((stamps[key] for key in together), loaded.encoder)
+        for key in together:
+            stamp, found = stamps[key], inputs[stamps[key].learner]
+            if isinstance(found, EncodingError):
+                results[key] = NotRecommended(stamp.learner_id, found.code, str(found))
+            elif found.prediction is None:
+                results[key] = _by_curriculum(stamp, loaded, target)
+            else:
+                asked.append(_Asked(stamp, models[key], found, found.prediction))
+        for start in range(0, len(asked), LEARNERS_AT_ONCE):
+            for answer in _by_learner(asked[start : start + LEARNERS_AT_ONCE], target):
+                results[answer.learner_id.lower()] = answer
+    return [results.get(text.lower()) or _unknown(text) for text in learner_ids]
 
 
 def clear_serving_cache() -> None:
-    """Forget the folded networks of this process."""
-    _networks.clear()
+    """Forget the folded networks and the learners' inputs of this process."""
+    clear_served_models()
+    clear_learner_inputs()
 
 
-_networks: RecentlyUsed[tuple[str, int, str, float], FoldedNetwork] = RecentlyUsed(CACHED_NETWORKS)
+@dataclass(frozen=True)
+class _Asked:
+    stamp: ServingStamp
+    model: ServedModel
+    inputs: LearnerInputs
+    prediction: Prediction
 
 
-def _network_for(learner: Learner) -> tuple[LoadedVersion, FoldedNetwork, ServedBy]:
-    """The learner's own model where it is chosen and whole, else the active version."""
-    active = active_version()
-    model: PersonalizedModel | None = getattr(learner, "personalized_model", None)
-    if model is None or model.backend != Backend.FEDERATED or model.serving_choice == ServingChoice.MAIN:
-        return _main(active)
-    if learner.withdrawn_at is not None or not learner.consent_training:
-        return _main(active, note="withdrawn")
-    if model.status not in SERVING_STATUSES:
-        return _main(active, note="damaged")
-    try:
-        loaded = base_of(model)
-        network = _personal_network(model, loaded)
-    except StoreError as error:
-        _mark_damaged(model, error)
-        return _main(active, note="damaged")
-    served_by = ServedBy(model.serving_choice, model.blend, loaded.version, model.version)
-    return loaded, network, served_by
+def _check_target(target: float) -> None:
+    if not 0.0 < target < 1.0:
+        raise UsageError(_("target must lie between 0 and 1, not %(target)s.") % {"target": target}, code="bad_target")
 
 
-def _main(active: MainModelVersion, note: str = "") -> tuple[LoadedVersion, FoldedNetwork, ServedBy]:
-    loaded = load_version(active)
-    key = (loaded.weights_sha256, loaded.spec.frozen_blocks, "", 0.0)
-    network = _networks.get_or_make(key, lambda: FoldedNetwork(folded_trunk(loaded), folded_tail(loaded, loaded.tail)))
-    return loaded, network, ServedBy(ServingChoice.MAIN.value, 0.0, loaded.version, note=note)
+def _unknown(learner_id: str) -> NotRecommended:
+    error = unknown_learner(learner_id)
+    return NotRecommended(learner_id, error.code, str(error))
 
 
-def _personal_network(model: PersonalizedModel, loaded: LoadedVersion) -> FoldedNetwork:
-    key = (loaded.weights_sha256, loaded.spec.frozen_blocks, model.weights_sha256, model.blend)
-
-    def make() -> FoldedNetwork:
-        tail = blend(loaded.tail, read_tail(model=model, spec=loaded.spec), model.blend)
-        return FoldedNetwork(folded_trunk(loaded), folded_tail(loaded, tail))
-
-    return _networks.get_or_make(key, make)
-
-
-def _mark_damaged(model: PersonalizedModel, error: StoreError) -> None:
-    """A learner is served by the main version meanwhile; the row says what is wrong."""
-    logger.error("model of learner %s is damaged: %s", model.learner_id, error)
-    PersonalizedModel.objects.filter(pk=model.pk, weights_sha256=model.weights_sha256).update(
-        status=PersonalizedModelStatus.ERROR, status_reason=str(error), updated_at=timezone.now()
-    )
+def _same_network(models: Mapping[str, ServedModel]) -> list[list[str]]:
+    """Keys of the learners whose tails stand on one trunk and whose rows come from one encoder."""
+    groups: defaultdict[tuple[str, str, int], list[str]] = defaultdict(list)
+    for key, model in models.items():
+        loaded = model.loaded
+        groups[loaded.version, loaded.weights_sha256, loaded.spec.frozen_blocks].append(key)
+    return list(groups.values())
 
 
-def _by_learner(
-    learner: Learner,
-    loaded: LoadedVersion,
-    network: FoldedNetwork,
-    served_by: ServedBy,
-    state: EncoderState,
-    target: float,
-) -> Recommendation:
+def _by_learner(block: Sequence[_Asked], target: float) -> Iterator[Recommendation]:
+    """Answers for learners with events, all on one trunk."""
+    loaded, trunk = block[0].model.loaded, block[0].model.network.trunk
     encoder = loaded.encoder
-    prediction = encoder.prediction(state)
-    first = network.forward(with_groups_left_out(encoder, prediction.first))
-    priors = np.repeat(prediction.content_prior[None], len(first.content), axis=0)
-    content = mix_content(first.content, priors, loaded.content_mix)
-    slot = _best_slot(encoder, content[0])
-    second = network.forward(with_groups_left_out(encoder, encoder.second_pass(prediction, state, slot)))
-    curves = success_curve(second.difficulty.astype(np.float64))
-    level = _level(curves[0], target)
-    path = first.path[0]
-    step = int(path[:PATHS].argmax())
-    return Recommendation(
-        learner_id=learner.learner_id,
-        basis=BASIS_LEARNER,
-        events=state.events,
-        **_choice(encoder, content[0], slot, curves[0], level, target),
-        attained_level=float(attained_level(second.difficulty[0].astype(np.float64))),
-        path=path_name(step),
-        path_probability=float(path[step]),
-        difficulty=_floats(second.difficulty[0]),
-        path_probabilities=_floats(path),
-        served_by=served_by,
-        why=contributions(content[:, slot], curves[:, level - 1].astype(np.float32)),
-    )
+    tails = [asked.model.network.tail for asked in block]
+    predictions = [asked.prediction for asked in block]
+    first = _forward(trunk, tails, np.stack([asked.inputs.rows for asked in block]))
+    priors = np.stack([prediction.content_prior for prediction in predictions])[:, None]
+    content = mix_content(first.content, np.broadcast_to(priors, first.content.shape), loaded.content_mix)
+    slots = content[:, 0, : len(encoder.categories)].argmax(axis=1)
+    rows = with_groups_left_out(encoder, encoder.second_passes(predictions, slots))
+    difficulty = _forward(trunk, tails, rows).difficulty.astype(np.float64)
+    curves = success_curve(difficulty)
+    for index, asked in enumerate(block):
+        slot, curve = int(slots[index]), curves[index, 0]
+        level = _level(curve, target)
+        path = first.path[index, 0]
+        step = int(path[:PATHS].argmax())
+        yield Recommendation(
+            learner_id=asked.stamp.learner_id,
+            basis=BASIS_LEARNER,
+            events=asked.inputs.events,
+            **_choice(encoder, content[index, 0], slot, curve, level, target),
+            attained_level=float(attained_level(difficulty[index, 0])),
+            path=path_name(step),
+            path_probability=float(path[step]),
+            difficulty=_floats(difficulty[index, 0]),
+            path_probabilities=_floats(path),
+            served_by=asked.model.served_by,
+            why=contributions(content[index, :, slot], curves[index, :, level - 1].astype(np.float32)),
+        )
 
 
-def _by_curriculum(learner: Learner, loaded: LoadedVersion, target: float) -> Recommendation:
+def _forward(trunk: FoldedTrunk, tails: Sequence[FoldedTail], rows: FloatArray) -> HeadOutputs:
+    """(learners, rows, 256) through one trunk and each learner's own tail."""
+    activations = trunk.activations(rows.reshape(-1, rows.shape[-1]))
+    return forward_each(tails, activations.reshape(*rows.shape[:2], -1))
+
+
+def _by_curriculum(stamp: ServingStamp, loaded: LoadedVersion, target: float) -> Recommendation:
     """The curriculum's own rates: the network has nothing to go on before the first event."""
     encoder = loaded.encoder
     content = encoder.base_rates.astype(np.float32)
     slot = _best_slot(encoder, content)
     curve = encoder.success_by_level
     return Recommendation(
-        learner_id=learner.learner_id,
+        learner_id=stamp.learner_id,
         basis=BASIS_CURRICULUM,
         events=0,
         **_choice(encoder, content, slot, curve, _level(curve, target), target),

@@ -59,7 +59,6 @@ class LoadedVersion:
     """
 
     version: str
-    sequence: int
     spec: NetworkSpec
     weights: dict[str, FloatArray]
     tail: FloatArray
@@ -145,9 +144,21 @@ def load_version(row: MainModelVersion) -> LoadedVersion:
     Raises:
         StoreError: ``missing_file`` (a row without files too), ``checksum_mismatch``, ``bad_path``, ``bad_file``.
     """
-    if not row.model_path or not row.manifest_sha256:
-        raise StoreError(f"version {row.version} has no files yet", code="missing_file")
-    return _loaded.get_or_make((row.version, row.model_path, row.manifest_sha256), lambda: _load(row))
+    return load_version_files(
+        version=row.version, model_path=row.model_path, manifest_sha256=row.manifest_sha256, encoder_sha256=row.encoder_sha256
+    )
+
+
+def load_version_files(*, version: str, model_path: str, manifest_sha256: str, encoder_sha256: str) -> LoadedVersion:
+    """As ``load_version``, of a version whose row need not be read again.
+
+    Raises:
+        StoreError: as ``load_version``.
+    """
+    if not model_path or not manifest_sha256:
+        raise StoreError(f"version {version} has no files yet", code="missing_file")
+    key = (version, model_path, manifest_sha256)
+    return _loaded.get_or_make(key, lambda: _load(version, model_path, manifest_sha256, encoder_sha256))
 
 
 def read_manifest(*, model_path: str, sha256: str) -> dict[str, Any]:
@@ -253,13 +264,13 @@ def _write_into_own_folder(version: str, files: Mapping[str, bytes]) -> str:
     raise StoreError(f"{MAX_FOLDER_TRIES} folders of version {version} are taken already", code="already_exists")
 
 
-def _load(row: MainModelVersion) -> LoadedVersion:
-    manifest = read_manifest(model_path=row.model_path, sha256=row.manifest_sha256)
-    if manifest["version"] != row.version:
-        raise StoreError(f"{row.model_path} holds version {manifest['version']}, not {row.version}", code="bad_file")
+def _load(version: str, model_path: str, manifest_sha256: str, encoder_sha256: str) -> LoadedVersion:
+    manifest = read_manifest(model_path=model_path, sha256=manifest_sha256)
+    if manifest["version"] != version:
+        raise StoreError(f"{model_path} holds version {manifest['version']}, not {version}", code="bad_file")
     sums = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    encoder = read_encoder(folder=row.model_path, sums=sums, encoder_sha256=row.encoder_sha256)
-    path = f"{row.model_path}/{WEIGHTS}"
+    encoder = read_encoder(folder=model_path, sums=sums, encoder_sha256=encoder_sha256)
+    path = f"{model_path}/{WEIGHTS}"
     try:
         spec = NetworkSpec.from_json(manifest["spec"])
         largest = 4 * spec.parameter_count + DEFAULT_MAX_HEADER + LENGTH_BYTES
@@ -271,8 +282,7 @@ def _load(row: MainModelVersion) -> LoadedVersion:
     for array in (*weights.values(), tail):
         array.flags.writeable = False
     return LoadedVersion(
-        version=row.version,
-        sequence=row.sequence,
+        version=version,
         spec=spec,
         weights=weights,
         tail=tail,

@@ -36,10 +36,15 @@ class Prediction:
     Attributes:
         first: (256,) float32, first-pass row.
         content_prior: (128,) float32, the encoder's own forecast of the next category slot.
+        mastery, ability: (128,) float32, seen: (128,) bool, last_slot: what the second pass reads of the learner's state.
     """
 
     first: Float32Array
     content_prior: Float32Array
+    mastery: Float32Array
+    ability: Float32Array
+    seen: npt.NDArray[np.bool_]
+    last_slot: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +159,14 @@ class Encoder:
         states = np.zeros(1, dtype=np.int64)
         forecast = self.transitions.forecast(*last_items(trail, states))
         raw = raw_rows(trail, states, forecast, self.context_slots)
-        return Prediction(first=raw.first_pass(self.scaler)[0], content_prior=forecast.q[0])
+        return Prediction(
+            first=raw.first_pass(self.scaler)[0],
+            content_prior=forecast.q[0],
+            mastery=raw.mastery[0],
+            ability=raw.ability[0],
+            seen=raw.seen[0],
+            last_slot=int(raw.last_slot[0]),
+        )
 
     def second_pass(self, prediction: Prediction | Float32Array, state: EncoderState, slot: int) -> Float32Array:
         """(256,) float32: the prediction's row once the category slot 0..127 of the next event is chosen.
@@ -179,6 +191,27 @@ class Encoder:
             mean=self.scale.category_mean[[slot]],
         )
         return np.asarray(second_pass(first[None, :], known, self.context_slots, self.scaler)[0])
+
+    def second_passes(self, predictions: Sequence[Prediction], slots: IntArray) -> Float32Array:
+        """(n, 256) float32: the rows of n learners' predictions once the slot of each one's next event is chosen.
+
+        Args:
+            predictions: of this encoder. slots: (n,) int64, 0..127.
+
+        Raises:
+            EncodingError: ``bad_event`` for a slot outside 0..127, or for another number of slots than predictions.
+        """
+        if slots.shape != (len(predictions),) or (len(slots) and not 0 <= slots.min() <= slots.max() < SLOTS):
+            raise EncodingError(f"slots must be {len(predictions)} numbers 0..{OVERFLOW_SLOT}, not {slots}", code="bad_event")
+        known = KnownCategory(
+            slot=slots,
+            is_last=slots == np.array([one.last_slot for one in predictions], dtype=np.int64),
+            mastery=np.array([one.mastery[slot] for one, slot in zip(predictions, slots, strict=True)], dtype=np.float32),
+            ability=np.array([one.ability[slot] for one, slot in zip(predictions, slots, strict=True)], dtype=np.float32),
+            seen=np.array([one.seen[slot] for one, slot in zip(predictions, slots, strict=True)], dtype=np.bool_),
+            mean=self.scale.category_mean[slots],
+        )
+        return second_pass(np.stack([one.first for one in predictions]), known, self.context_slots, self.scaler)
 
     def _samples(self, trail: Trail) -> Samples:
         states = sample_states(trail)

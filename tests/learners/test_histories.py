@@ -21,7 +21,7 @@ def imported(*lines: str) -> None:
 
 
 def items(learner_id: str = "kid-1") -> list[str]:
-    return [event.item for event in read_history(Learner.objects.get(learner_id=learner_id))]
+    return [event.item for event in read_history(Learner.objects.get(learner_id=learner_id).pk).events]
 
 
 def test_seq_decides_where_all_rows_have_one_even_against_the_clock() -> None:
@@ -43,7 +43,7 @@ def test_an_event_carries_what_the_encoder_reads() -> None:
     header = "learner_id,seq,occurred_at,subject,category,item_id,difficulty,score,response_ms,attempts"
     line = "kid-1,1,2000-01-01T00:00:10.5Z,math,fractions,p1,7,0.5,1200,3"
     import_interactions(source=file_of(line, header=header), pool="FEDERATED", consent=None)
-    (event,) = read_history(Learner.objects.get())
+    (event,) = read_history(Learner.objects.get().pk).events
     start = (datetime(2000, 1, 1, tzinfo=UTC) - datetime(1970, 1, 1, tzinfo=UTC)) / timedelta(seconds=1)
     assert event == Event(
         category="fractions", item="p1", subject="math", score=0.5, seconds=start + 10.5, response_ms=1200, attempts=3
@@ -52,7 +52,7 @@ def test_an_event_carries_what_the_encoder_reads() -> None:
 
 def test_what_the_source_does_not_say_is_none() -> None:
     imported("kid-1,1,,fractions,,1")
-    assert read_history(Learner.objects.get()) == [Event(category="fractions", item="", subject="", score=1.0)]
+    assert read_history(Learner.objects.get().pk).events == [Event(category="fractions", item="", subject="", score=1.0)]
 
 
 def test_many_learners_come_in_the_order_of_their_ids_each_with_its_own_events() -> None:
@@ -61,7 +61,7 @@ def test_many_learners_come_in_the_order_of_their_ids_each_with_its_own_events()
     found = [(learner.learner_id, [event.item for event in events]) for learner, events in iter_histories(Learner.objects.all())]
     assert found == [("kid-0", []), *((f"kid-{n}", [f"p{n}-1", f"p{n}-2"]) for n in (1, 2, 3))]
     for learner, events in iter_histories(Learner.objects.all()):
-        assert events == read_history(learner)
+        assert events == read_history(learner.pk).events
 
 
 def test_the_order_of_the_queryset_is_kept_and_without_one_it_is_by_id() -> None:

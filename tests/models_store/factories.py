@@ -7,11 +7,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from django.db import transaction
 from django.utils import timezone
 
 from aivo_core.encoding.events import Event
 from aivo_core.encoding.fit import FittedEncoder, fit_encoder
 from aivo_core.network import FloatArray, NetworkSpec
+from learners.history_stamps import stamp_histories
 from learners.models import Interaction, Learner, Organisation, Pool
 from models_store.models import MainModelVersion, VersionOrigin, VersionStatus
 from models_store.store import write_version_files
@@ -91,23 +93,25 @@ def make_learner(learner_id: str = "", **fields: Any) -> Learner:
 def add_events(learner: Learner, events: list[Event], *, first_seq: int = 1) -> None:
     """Interactions in the order of the events, ordered by ``seq``."""
     now = timezone.now()
-    Interaction.objects.bulk_create(
-        Interaction(
-            learner=learner,
-            event_id=f"e{seq}",
-            seq=seq,
-            occurred_at=None,
-            arrival=seq,
-            category=event.category,
-            item_id=event.item,
-            subject=event.subject,
-            score=event.score,
-            response_ms=None if event.response_ms is None else int(event.response_ms),
-            attempts=None if event.attempts is None else int(event.attempts),
-            created_at=now,
+    with transaction.atomic():
+        stamp_histories([learner.pk])
+        Interaction.objects.bulk_create(
+            Interaction(
+                learner=learner,
+                event_id=f"e{seq}",
+                seq=seq,
+                occurred_at=None,
+                arrival=seq,
+                category=event.category,
+                item_id=event.item,
+                subject=event.subject,
+                score=event.score,
+                response_ms=None if event.response_ms is None else int(event.response_ms),
+                attempts=None if event.attempts is None else int(event.attempts),
+                created_at=now,
+            )
+            for seq, event in enumerate(events, start=first_seq)
         )
-        for seq, event in enumerate(events, start=first_seq)
-    )
 
 
 def random_tail(spec: NetworkSpec, seed: int) -> FloatArray:
