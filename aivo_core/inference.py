@@ -214,11 +214,10 @@ def forward_each(tails: Sequence[FoldedTail], activations: FloatArray) -> HeadOu
 
 def _each_layer(layers: Sequence[_Layer], x: FloatArray) -> FloatArray:
     """(n, rows, k) through n layers; the biases are added to all at once, which spares a call per layer."""
-    kernels = [layer.kernel for layer in layers]
-    result = np.empty((*x.shape[:2], kernels[0].shape[1]), dtype=np.float32)
-    for rows, kernel, out in zip(x, kernels, result, strict=True):
-        np.dot(rows, kernel, out=out)
-    result += np.stack([layer.bias for layer in layers])[:, None]
+    result = np.empty((*x.shape[:2], len(layers[0].bias)), dtype=np.float32)
+    for rows, layer, out in zip(x, layers, result, strict=True):
+        np.dot(rows, layer.kernel, out=out)
+    result += np.array([layer.bias for layer in layers])[:, None]
     return result
 
 

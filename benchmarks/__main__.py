@@ -9,7 +9,7 @@ import sys
 
 from benchmarks.harness import ROOT
 
-MODULES = ("cloning", "main_training", "keras_memory")
+MODULES = ("cloning", "serving", "main_training", "keras_memory")
 
 
 def main() -> None:

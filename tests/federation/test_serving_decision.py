@@ -30,7 +30,6 @@ from tests.synthetic_samples import make_samples, make_weights
 WEIGHTS = make_weights(SMALL, 3)
 BASE = LoadedVersion(
     version="aivo-main-v1",
-    sequence=1,
     spec=SMALL,
     weights=WEIGHTS,
     tail=SMALL.flatten_tail(WEIGHTS),
