@@ -20,6 +20,7 @@ NAMES = frozenset(
         "USE_FEDERATED_LEARNING",
         "AIVO_MAIN_MODEL_PATH",
         "AIVO_LEARNER_MODELS_PATH",
+        "AIVO_ENGINE_THREADS",
         "AIVO_PROCESS_ROLE",
         "AIVO_STATIC_ROOT",
         "AIVO_TIME_ZONE",
@@ -51,6 +52,7 @@ class Environment:
     use_federated_learning: bool
     main_model_path: Path
     learner_models_path: Path
+    engine_threads: int | None
     process_role: str
     static_root: Path
     time_zone: str
@@ -85,6 +87,7 @@ def read_environment() -> Environment:
         use_federated_learning=_boolean("USE_FEDERATED_LEARNING", default=False),
         main_model_path=_path("AIVO_MAIN_MODEL_PATH", "models/main-aivo"),
         learner_models_path=_path("AIVO_LEARNER_MODELS_PATH", "models/learners"),
+        engine_threads=_positive("AIVO_ENGINE_THREADS"),
         process_role=_word("AIVO_PROCESS_ROLE", default="command", allowed=("command", "web", "worker")),
         static_root=_path("AIVO_STATIC_ROOT", "staticfiles"),
         time_zone=os.environ.get("AIVO_TIME_ZONE", "UTC"),
@@ -130,6 +133,16 @@ def _word(name: str, *, default: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise ImproperlyConfigured(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
     return value
+
+
+def _positive(name: str) -> int | None:
+    """None where it is not set."""
+    raw = os.environ.get(name, "").strip()
+    if not raw:
+        return None
+    if not (raw.isascii() and raw.isdigit() and 1 <= int(raw[:9]) <= 1024 and len(raw) < 10):
+        raise ImproperlyConfigured(f"{name} must be a whole number from 1 to 1024, not {raw!r}")
+    return int(raw)
 
 
 def _path(name: str, default: str) -> Path:

@@ -147,6 +147,7 @@ JOB_RESEND_AFTER_SECONDS = 120
 
 USE_FEDERATED_LEARNING = ENV.use_federated_learning
 OPENAI_API_KEY = ENV.openai_api_key
+ENGINE_THREADS: int | None = ENV.engine_threads
 
 # --- Language, time ---------------------------------------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ def _finish(
         batch_size=config.batch_size,
         samples=len(ready.training),
         engine=engine.name,
-        backend=engine.backend,
+        backend=result.backend,
         proximal_mu=config.proximal_mu,
         delta_norm=global_norm(result.tail_pass_delta),
         metadata={

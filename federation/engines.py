@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from django.conf import settings
 from django.utils.translation import gettext as _
 
+from aivo_core.engine.cohort import CohortEngine
 from aivo_core.engine.contract import LocalTrainingEngine
 from aivo_site.errors import UsageError
 
@@ -54,6 +56,10 @@ def _keras() -> LocalTrainingEngine:
     return KerasEngine()
 
 
-_FACTORIES: dict[str, Callable[[], LocalTrainingEngine]] = {"keras": _keras}
+def _cohort() -> LocalTrainingEngine:
+    return CohortEngine(threads=settings.ENGINE_THREADS)
+
+
+_FACTORIES: dict[str, Callable[[], LocalTrainingEngine]] = {"keras": _keras, "cohort": _cohort}
 _engines: dict[str, LocalTrainingEngine] = {}
 _lock = threading.Lock()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from aivo_core.engine.contract import EngineError, LearnerResult, LearnerTask, LocalTrainingConfig
-from aivo_core.engine.session import BIAS_PASS, DROPOUT_STREAM, TAIL_PASS, BatchPlan, check_task, plan_batches
+from aivo_core.engine.session import BIAS_PASS, DROPOUT_STREAM, TAIL_PASS, BatchPlan, check_finite, check_task, plan_batches
 from aivo_core.network import (
     CONTENT_HEAD,
     DIFFICULTY_HEAD,
@@ -49,7 +49,7 @@ class KerasEngine:
 
     def __init__(self, *, threads: int | None = None) -> None:
         keras_network.configure_tensorflow(threads)
-        self.backend = f"tensorflow {keras_network.tensorflow_version()}"
+        self.backend = keras_network.backend_name()
 
     def train(
         self, *, spec: NetworkSpec, weights: Weights, config: LocalTrainingConfig, tasks: Iterable[LearnerTask]
@@ -126,6 +126,7 @@ class ResidentNetwork:
                 seconds=time.perf_counter() - started,
                 error_code=error.code,
                 error_message=str(error),
+                backend=keras_network.backend_name(),
             )
         return LearnerResult(
             key=task.key,
@@ -135,6 +136,7 @@ class ResidentNetwork:
             samples=len(task.samples),
             steps=steps,
             seconds=time.perf_counter() - started,
+            backend=keras_network.backend_name(),
         )
 
     def _train(
@@ -150,12 +152,12 @@ class ResidentNetwork:
             epoch_losses, count = self._tail_pass(config, task, data)
             losses, steps = losses + epoch_losses, steps + count
             after_tail_pass = self._read_tail()
-            _check_finite(after_tail_pass, epoch_losses, config.learning_rate, "learning_rate")
+            check_finite(after_tail_pass, epoch_losses, config.learning_rate, "learning_rate")
         if config.trains_bias:
             epoch_losses, count = self._bias_pass(config, task, data)
             losses, steps = losses + epoch_losses, steps + count
         tail = self._read_tail()
-        _check_finite(tail, losses, config.bias_learning_rate, "bias_learning_rate")
+        check_finite(tail, losses, config.bias_learning_rate, "bias_learning_rate")
         return tail, after_tail_pass, losses, steps
 
     def _load_base(self, base: Weights) -> None:
@@ -359,8 +361,3 @@ def _loop(step: Callable[[Any], Any], steps: Any) -> Any:
     losses = tf.TensorArray(tf.float32, size=steps)
     _, losses = tf.while_loop(lambda number, _: number < steps, body, (0, losses), parallel_iterations=1)
     return losses.stack()
-
-
-def _check_finite(tail: FloatArray, losses: tuple[float, ...], rate: float, field: str) -> None:
-    if not (np.isfinite(tail).all() and np.isfinite(losses).all()):
-        raise EngineError(f"training diverged: the loss or the tail is not finite; lower {field} ({rate:g})", code="diverged")

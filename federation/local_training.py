@@ -135,7 +135,7 @@ class _Run:
     """One call of ``train_learners``."""
 
     def __init__(self, engine: LocalTrainingEngine, policy: RoundPolicy, *, force: bool) -> None:
-        self.report = TrainingReport(engine=engine.name, backend=engine.backend)
+        self.report = TrainingReport(engine=engine.name)
         self._engine = engine
         self._policy = policy
         self._config = policy.personal_config()
@@ -152,6 +152,7 @@ class _Run:
                 self.report.stopped = True
                 break
         self._control.close()
+        self.report.backend = self.report.backend or self._engine.backend
 
     def _steps(self, keys: Sequence[UUID]) -> Iterator[None]:
         """One step for each learner, as soon as it is trained or left out."""
@@ -239,6 +240,7 @@ class _Run:
         for prepared in block:
             result = next(results)
             choice_result = next(results) if prepared.can_choose else None
+            self.report.computed_by(result.backend)
             self.report.training_seconds += result.seconds + (choice_result.seconds if choice_result else 0.0)
             self._finish(prepared, result, choice_result)
             yield None
@@ -254,7 +256,7 @@ class _Run:
         except EvaluationError as error:
             self.report.fail(name, error.code, str(error))
             return
-        code = trained.store(policy=self._policy, engine=self.report.engine, backend=self.report.backend)
+        code = trained.store(policy=self._policy, engine=self.report.engine)
         if code in FAILURES:
             self.report.fail(name, code, _("the model was changed by another process; nothing was stored"))
         elif code:

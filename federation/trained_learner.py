@@ -88,7 +88,7 @@ class TrainedLearner:
             seconds=result.seconds + (choice_result.seconds if choice_result else 0.0),
         )
 
-    def store(self, *, policy: RoundPolicy, engine: str, backend: str) -> str:
+    def store(self, *, policy: RoundPolicy, engine: str) -> str:
         """Write tail and delta, then the session and the model's next version in one transaction.
 
         The model's row moves only from the version that training started from. Where nothing is stored, the files stay
@@ -102,7 +102,7 @@ class TrainedLearner:
             StoreError: a file cannot be written.
         """
         model = self.prepared.model
-        session = self._session(policy, engine, backend)
+        session = self._session(policy, engine)
         tail_file = store.write_tail(
             learner_id=model.learner.learner_id, number=model.version + 1, spec=self.prepared.base.spec, tail=self.tail
         )
@@ -159,7 +159,7 @@ class TrainedLearner:
             "evaluation": None if self.evaluation is None else self.evaluation.to_json(),
         }
 
-    def _session(self, policy: RoundPolicy, engine: str, backend: str) -> ModelTrainingSession:
+    def _session(self, policy: RoundPolicy, engine: str) -> ModelTrainingSession:
         model, own = self.prepared.model, self.choice.own
         return ModelTrainingSession(
             id=uuid4(),
@@ -174,7 +174,7 @@ class TrainedLearner:
             final_accuracy=None if own is None else own.content_top1,
             head_metrics=self._head_metrics(),
             engine=engine,
-            backend=backend,
+            backend=self.result.backend,
             proximal_mu=policy.personal_tail_mu if policy.adaptation != Adaptation.DIFFICULTY_BIAS else 0.0,
             metadata={
                 "adaptation": str(policy.adaptation),

@@ -42,6 +42,7 @@ class TrainingReport:
     """What became of the learners.
 
     Attributes:
+        backend: what computed, with its version; several where it changed on the way.
         trained: learners with a new tail. skipped, failed: learners by reason code.
         evaluations: of the trained, and of those with nothing new whose model was measured before.
         controls: what a clone is worth that is not the learner's own.
@@ -63,6 +64,11 @@ class TrainingReport:
     training_seconds: float = 0.0
     notes: list[Note] = field(default_factory=list)
     stopped: bool = False
+
+    def computed_by(self, backend: str) -> None:
+        """Note what computed a result: a fast engine may begin on one backend and go on with another."""
+        names = [name for name in self.backend.split(", ") if name]
+        self.backend = ", ".join(names if backend in names else [*names, backend])
 
     def leave_out(self, learner_id: str, code: str, message: str = "") -> None:
         """Count a learner who is not trained."""

@@ -94,6 +94,11 @@ def tensorflow_version() -> str:
     return str(tf.__version__)
 
 
+def backend_name() -> str:
+    """How results name what computed them."""
+    return f"tensorflow {tensorflow_version()}"
+
+
 def layer_seeds(seed: int, count: int) -> list[int]:
     """Independent seeds below 2^31 for ``count`` layers, drawn from one non-negative ``seed``."""
     return [int(word) & 0x7FFFFFFF for word in np.random.SeedSequence(seed).generate_state(count)]

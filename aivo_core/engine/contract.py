@@ -105,6 +105,7 @@ class LearnerResult:
         tail_pass_delta: (tail_size,) float32, tail after the tail pass minus ``start_tail`` (zero without a tail pass).
         losses: mean objective per epoch of the passes, in order.
         samples, steps: trained on, taken.
+        backend: what computed it, with its version ("numba 0.68.1").
     """
 
     key: str
@@ -116,6 +117,7 @@ class LearnerResult:
     seconds: float = 0.0
     error_code: str = ""
     error_message: str = ""
+    backend: str = ""
 
 
 class LocalTrainingEngine(Protocol):
@@ -126,7 +128,11 @@ class LocalTrainingEngine(Protocol):
     """
 
     name: str
-    backend: str
+
+    @property
+    def backend(self) -> str:
+        """What computes, with its version; a result's own ``backend`` says what computed that one."""
+        ...
 
     def train(
         self, *, spec: NetworkSpec, weights: Weights, config: LocalTrainingConfig, tasks: Iterable[LearnerTask]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aivo_core.engine.contract import EngineError, LearnerTask
-from aivo_core.network import CONTENT_HEAD, PATH_HEAD, NetworkSpec
+from aivo_core.network import CONTENT_HEAD, PATH_HEAD, FloatArray, NetworkSpec
 from aivo_core.samples import Samples
 
 TAIL_PASS = 0
@@ -121,3 +121,13 @@ def _check_labels(spec: NetworkSpec, samples: Samples) -> None:
         values = getattr(samples, name)
         if not (np.isfinite(values).all() and values.min() >= 0.0 and values.max() <= top):
             raise EngineError(f"{name} must lie in [0, {top:g}]; found {values.min()}..{values.max()}", code="bad_labels")
+
+
+def check_finite(tail: FloatArray, losses: tuple[float, ...], rate: float, field: str) -> None:
+    """Check what a pass has made of a tail.
+
+    Raises:
+        EngineError: ``diverged``: the tail or a loss is not finite; the message names the learning rate's ``field``.
+    """
+    if not (np.isfinite(tail).all() and np.isfinite(losses).all()):
+        raise EngineError(f"training diverged: the loss or the tail is not finite; lower {field} ({rate:g})", code="diverged")

@@ -53,6 +53,7 @@ class ShrinkingEngine:
                 samples=len(task.samples),
                 steps=1,
                 seconds=0.001,
+                backend=self.backend,
             )
 
 

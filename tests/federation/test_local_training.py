@@ -549,7 +549,7 @@ def test_a_command_with_a_failed_learner_exits_1_and_reports(engine: ShrinkingEn
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--learner", "nobody"], ["--organisation", "nowhere"], ["--engine", "cohort"], ["--epochs", "0"], ["--batch-size", "-1"],
+    ["--learner", "nobody"], ["--organisation", "nowhere"], ["--engine", "torch"], ["--epochs", "0"], ["--batch-size", "-1"],
     ["--learning-rate", "0"], ["--learning-rate", "nan"], ["--adaptation", "head"], ["--limit", "0"],
 ])  # fmt: skip
 def test_a_wrong_option_exits_2_and_changes_nothing(engine: ShrinkingEngine, arguments: list[str]) -> None:

@@ -145,7 +145,7 @@ def test_without_samples_or_a_main_model_nothing_is_trained(manager: FederatedLe
 
 def test_an_unknown_engine_is_refused_at_once() -> None:
     with pytest.raises(EngineUnavailable):
-        FederatedLearningManager(engine="cohort")
+        FederatedLearningManager(engine="torch")
 
 
 # --- aggregate_updates ---------------------------------------------------------------------------------------------------

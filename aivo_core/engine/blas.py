@@ -1,0 +1,76 @@
+"""Holds the linear algebra libraries of NumPy and SciPy to one thread.
+
+Learners are trained in parallel, each on one thread: a library that starts threads of its own for each small product only
+costs time, and the order of a sum, and so its last bits, would depend on their number. The setting is the process's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+_SYMBOLS = (
+    *(f"{prefix}openblas_set_num_threads{suffix}" for prefix in ("scipy_", "") for suffix in ("64_", "_64", "")),
+    "MKL_Set_Num_Threads",
+)
+
+
+def use_one_thread() -> tuple[str, ...]:
+    """Set every OpenBLAS or MKL that came with NumPy or SciPy, or that this process has loaded, to one thread.
+
+    Returns:
+        Names of the files that were set. Empty where a build brings neither (Accelerate, reference BLAS): there the
+        number of threads is the environment's.
+    """
+    names = []
+    for path, setter in _setters(frozenset(_loaded())):
+        setter(1)
+        names.append(Path(path).name)
+    return tuple(names)
+
+
+@lru_cache(maxsize=8)
+def _setters(paths: frozenset[str]) -> tuple[tuple[str, Any], ...]:
+    return tuple((path, setter) for path in sorted(paths) if (setter := _setter(path)) is not None)
+
+
+def _setter(path: str) -> Any | None:
+    library = ctypes.CDLL(path)
+    for symbol in _SYMBOLS:
+        if hasattr(library, symbol):
+            setter = getattr(library, symbol)
+            setter.argtypes, setter.restype = [ctypes.c_int], None
+            return setter
+    return None
+
+
+def _loaded() -> Iterator[str]:
+    """Paths of the BLAS libraries: bundled ones of packages that are imported, and on Linux all that are mapped."""
+    for package in ("numpy", "scipy"):
+        if package in sys.modules:
+            yield from _bundled(package)
+    maps = Path("/proc/self/maps")
+    if maps.is_file():
+        for line in maps.read_text().splitlines():
+            path = line.split(maxsplit=5)[5] if line.count("/") else ""
+            if _is_blas(Path(path).name):
+                yield path
+
+
+@lru_cache(maxsize=2)
+def _bundled(package: str) -> tuple[str, ...]:
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        return ()
+    home = Path(spec.origin).parent
+    folders = (home.parent / f"{package}.libs", home / ".dylibs", home / ".libs")
+    return tuple(str(path.resolve()) for folder in folders if folder.is_dir() for path in folder.iterdir() if _is_blas(path.name))
+
+
+def _is_blas(name: str) -> bool:
+    return "openblas" in name or name.startswith("libmkl_rt")
