@@ -31,7 +31,11 @@ def run(options: argparse.Namespace) -> Report:
     if min(options.learners, options.samples) < 2 or options.warm_up < 1:
         raise SystemExit("--learners and --samples must be at least 2, --warm-up at least 1")
     figures = measure(learners=options.learners, warm_up=options.warm_up, samples=options.samples, adaptation=options.adaptation)
-    table = Table("Local training through Keras, one process", ("figure", "value"), list(figures.items()))
+    table = Table(
+        "Local training through Keras, one process",
+        ("figure", "value"),
+        [(name, value) for name, value in figures.items() if name != "medians"],
+    )
     return Report(figures=figures, tables=[table], packages=("tensorflow", "keras"))
 
 
@@ -65,6 +69,7 @@ def measure(*, learners: int, warm_up: int, samples: int, adaptation: str = "tai
         "rss_slope_mb_per_learner": round(float(np.polyfit(np.arange(len(resident)), resident, 1)[0]), 5),
         "rss_start_mb": round(resident[0], 1),
         "rss_end_mb": round(resident[-1], 1),
+        "medians": {"learner_ms": round(1000 * wall / learners, 3)},
         "learners_per_second": round(learners / wall, 2),
         "learners_per_cpu_second": round(learners / cpu, 2),
     }
