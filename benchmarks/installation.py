@@ -32,7 +32,7 @@ class Size:
     federated: int
     curriculum: int = 60
     evaluation: int = 60
-    epochs: int = 4
+    epochs: int = 10
 
 
 @contextmanager

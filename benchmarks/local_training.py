@@ -25,7 +25,8 @@ from collections.abc import Mapping
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.harness import Benchmark, Report, Table, in_child, ratio, rounded, usable_cores
+from benchmarks.harness import Benchmark, Report, in_child, ratio, rounded, usable_cores
+from benchmarks.local_training_tables import tables
 
 SAMPLES = 100
 EPOCHS = 5
@@ -39,6 +40,7 @@ ENGINES: Mapping[str, tuple[str, ...]] = {
     "product": ("naive_keras", "keras_resident", "numpy", "cohort"),
 }
 COHORT_BACKENDS = {"numpy": "numpy", "cohort": "numba"}
+COHORT_OBJECTIVES = {"first_pass": "first_pass_cross_entropy", "product": "product"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +88,7 @@ def run(options: argparse.Namespace) -> Report:
         "startup": startup,
         "growth": grown,
     }
-    return Report(figures=figures, tables=_tables(figures), packages=("scipy", "tensorflow", "keras"))
+    return Report(figures=figures, tables=tables(figures), packages=("scipy", "tensorflow", "keras"))
 
 
 # --- Measuring, each setting in a child -----------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ def first_delta(backend: str, started: float) -> dict[str, Any]:
 def _cohort(backend: str, threads: int, objective: str) -> Any:
     from aivo_core.engine.cohort import CohortEngine
 
-    return CohortEngine(threads=threads, backend=backend)
+    return CohortEngine(threads=threads, backend=backend, objective=COHORT_OBJECTIVES[objective])
 
 
 def _train_on_engine(engine: Any, dropout: bool, learners: int, repeats: int) -> dict[str, Any]:
@@ -304,48 +306,6 @@ def _ratio(settings: list[dict[str, Any]], objective: str, threads: int, dropout
         "cohort_over_naive_keras": ratio(rates["cohort"], rates["naive_keras"]),
         **{f"cohort_over_{name}": ratio(rates["cohort"], rates[name]) for name in ("keras_resident", "numpy") if name in rates},
     }
-
-
-def _tables(figures: Mapping[str, Any]) -> list[Table]:
-    titles = {
-        "first_pass": "First-pass rows, cross entropy on three heads",
-        "product": "The product's loss, both passes",
-    }
-    headers = ("engine", "dropout", "threads", "learners/s", "learners/CPU s", "of GEMM limit", "peak MB", "times naive")
-    naive = {
-        (row["objective"], row["threads"], row["dropout"]): row["learners_per_second"]
-        for row in figures["settings"]
-        if row["engine"] == "naive_keras"
-    }
-    tables = []
-    for objective, limit in figures["gemm_limit"].items():
-        rows = []
-        for row in figures["settings"]:
-            if row["objective"] != objective:
-                continue
-            baseline = naive.get((objective, row["threads"], row["dropout"]))
-            rows.append(
-                (
-                    row["engine"],
-                    "on" if row["dropout"] else "off",
-                    row["threads"],
-                    row["learners_per_second"],
-                    row["learners_per_cpu_second"],
-                    f"{100 * row['gemm_limit_share']:.1f} %",
-                    row["peak_rss_mb"],
-                    ratio(row["learners_per_second"], baseline) if baseline else None,
-                )
-            )
-        rows.append(("matrix products alone", "-", 1, None, limit["learners_per_cpu_second"], "100 %", None, None))
-        tables.append(Table(titles[objective], headers, rows))
-    if figures["growth"]:
-        headers = ("learners", "threads", "learners/s", "learners/CPU s", "peak MB")
-        rows = [tuple(row[name] for name in row) for row in figures["growth"]]
-        tables.append(Table("Growth, engine cohort, the product's loss", headers, rows))
-    if figures["startup"]:
-        rows = [(name, run["backend"], run["startup_s"], run["peak_rss_mb"]) for name, run in figures["startup"].items()]
-        tables.append(Table("From nothing to the first delta", ("start", "backend", "seconds", "peak MB"), rows))
-    return tables
 
 
 BENCHMARK = Benchmark(name="local_training", description=__doc__, run=run, add_arguments=add_arguments)

@@ -74,7 +74,9 @@ def run(options: argparse.Namespace) -> Report:
             Table(f"A round of {learners} learners, engine {figures['backend']}", ("step", "wall s", "share", "queries"), rows),
             Table("Before and after", ("what", "wall s", "CPU s", "learners/s", "queries"), beside),
         ],
-        notes=[f"States: {', '.join(figures['states'])}. Peak memory of the process: {child.peak_rss_mb} MB."],
+        notes=[
+            f"States: {', '.join(figures['states'])} ({'; '.join(figures['reasons'])}). Peak memory of the process: {child.peak_rss_mb} MB."
+        ],
         packages=("django", "scipy"),
     )
 
@@ -103,6 +105,7 @@ def _figures(learners: int, found: Mapping[str, Any], child: ChildRun) -> dict[s
         "personal_training": found["personal_training"],
         "rebase": found["rebase"],
         "states": [run["state"] for run in runs],
+        "reasons": [run["reason"] for run in runs],
         "peak_rss_mb": child.peak_rss_mb,
     }
 
@@ -214,6 +217,7 @@ def _round() -> dict[str, Any]:
         result = service.aggregate(with_rebase=False)
     return {
         "state": result["state"],
+        "reason": result["reason"],
         "wall_s": sum(clock.walls.values()),
         "cpu_s": sum(clock.cpus.values()),
         "steps": dict(clock.walls),
