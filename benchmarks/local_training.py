@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES["first_pass"], default=list(ENGINES["first_pass"]))
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads (all cores; with --full also one)")
     parser.add_argument("--dropout", nargs="+", choices=("on", "off"), help="(on; with --full both)")
+    parser.add_argument("--naive-learners", type=int, default=NAIVE_LEARNERS, help="learners of naive_keras, one run")
+    parser.add_argument("--cold", action=argparse.BooleanOptionalAction, default=True, help="measure cold starts, 25 s")
     parser.add_argument("--growth", type=int, nargs="*", help="learners of the growth table (100, 200; --full: 100, 1000, 10000)")
 
 
@@ -59,14 +61,14 @@ def run(options: argparse.Namespace) -> Report:
     growth = options.growth if options.growth is not None else ([100, 1000, 10_000] if options.full else [100, 200])
     limits = {objective: _limit(objective, options.repeats) for objective in options.objectives}
     settings = [
-        _setting(objective, engine, count, dropout == "on", learners, options.repeats, limits[objective])
+        _setting(objective, engine, count, dropout == "on", *_amount(engine, learners, options), limits[objective])
         for objective in options.objectives
         for dropout in dropouts
         for count in threads
         for engine in ENGINES[objective]
         if engine in options.engines
     ]
-    startup = _startup(options.repeats) if "cohort" in options.engines else None
+    startup = _startup(options.repeats, options.cold) if "cohort" in options.engines else None
     grown = [_grown(count, max(threads)) for count in growth] if "cohort" in options.engines else []
     main = {
         objective: _main_engines(settings, objective, max(threads), dropouts[0] == "on", startup)
@@ -109,14 +111,13 @@ def _limit(objective: str, repeats: int) -> dict[str, Any]:
 def _setting(
     objective: str, engine: str, threads: int, dropout: bool, learners: int, repeats: int, limit: Mapping[str, Any]
 ) -> dict[str, Any]:
-    naive = engine == "naive_keras"
     arguments = {
         "objective": objective,
         "engine": engine,
         "threads": threads,
         "dropout": dropout,
-        "learners": NAIVE_LEARNERS if naive else learners,
-        "repeats": 1 if naive else repeats,
+        "learners": learners,
+        "repeats": repeats,
     }
     blas = 1 if engine in COHORT_BACKENDS else threads
     child = in_child("benchmarks.local_training:train", arguments, threads=blas)
@@ -132,22 +133,25 @@ def _setting(
     }
 
 
-def _startup(repeats: int) -> dict[str, Any]:
+def _amount(engine: str, learners: int, options: argparse.Namespace) -> tuple[int, int]:
+    """Learners per run, and runs."""
+    return (options.naive_learners, 1) if engine == "naive_keras" else (learners, options.repeats)
+
+
+def _startup(repeats: int, cold: bool) -> dict[str, Any]:
     """Seconds from before the interpreter to the first delta, and what the process then holds."""
     found: dict[str, Any] = {}
-    with TemporaryDirectory(prefix="aivo-bench-") as kept:
-        _first_delta("numba", kept)  # fills the cache that the warm runs find
-        for name, backend in (("warm", "auto"), ("warm_compiled", "numba"), ("numpy", "numpy")):
-            found[name] = min((_first_delta(backend, kept) for _ in range(repeats)), key=lambda run: run["startup_s"])
-    for name, backend in (("cold", "auto"), ("cold_compiled", "numba")):
+    _first_delta("numba", {})  # fills the cache that the warm runs find
+    for name, backend in (("warm", "auto"), ("warm_compiled", "numba"), ("numpy", "numpy")):
+        found[name] = min((_first_delta(backend, {}) for _ in range(repeats)), key=lambda run: run["startup_s"])
+    for name, backend in (("cold", "auto"), ("cold_compiled", "numba")) if cold else ():
         with TemporaryDirectory(prefix="aivo-bench-") as empty:
-            found[name] = _first_delta(backend, empty)
-    found["keras"] = _first_delta("keras", "")
+            found[name] = _first_delta(backend, {"NUMBA_CACHE_DIR": empty})
+    found["keras"] = _first_delta("keras", {})
     return found
 
 
-def _first_delta(backend: str, cache: str) -> dict[str, Any]:
-    environment = {"NUMBA_CACHE_DIR": cache} if cache else {}
+def _first_delta(backend: str, environment: Mapping[str, str]) -> dict[str, Any]:
     target = "benchmarks.local_training:first_delta"
     child = in_child(target, {"backend": backend, "started": time.time()}, threads=1, environment=environment)
     return {**child.result, "peak_rss_mb": child.peak_rss_mb}

@@ -74,11 +74,14 @@ def run(options: argparse.Namespace) -> Report:
             Table(f"A round of {learners} learners, engine {figures['backend']}", ("step", "wall s", "share", "queries"), rows),
             Table("Before and after", ("what", "wall s", "CPU s", "learners/s", "queries"), beside),
         ],
-        notes=[
-            f"States: {', '.join(figures['states'])} ({'; '.join(figures['reasons'])}). Peak memory of the process: {child.peak_rss_mb} MB."
-        ],
+        notes=[_note(figures)],
         packages=("django", "scipy"),
     )
+
+
+def _note(figures: Mapping[str, Any]) -> str:
+    ended = "; ".join(f"{state}: {reason}" for state, reason in zip(figures["states"], figures["reasons"], strict=True))
+    return f"{ended}. Peak memory of the process: {figures['peak_rss_mb']} MB."
 
 
 def _figures(learners: int, found: Mapping[str, Any], child: ChildRun) -> dict[str, Any]:

@@ -8,20 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from django.db import IntegrityError, transaction
 from django.utils.translation import gettext as _
 
 from aivo_core.encoding.errors import EncodingError
+from aivo_core.encoding.events import Event
 from aivo_core.engine.contract import LearnerResult, LearnerTask, LocalTrainingEngine
 from aivo_core.privacy import global_norm
 from aivo_core.samples import Samples
 from federation import engines
-from federation.learner_preparation import inputs_digest, learner_parts, next_sequence, training_seed, why_not
+from federation.learner_preparation import history_parts, inputs_digest, next_sequence, training_seed, why_not
 from federation.models import AggregationRound, ModelTrainingSession, SessionPurpose
 from federation.policies import RoundPolicy
 from federation.serving_decision import LaterPart
+from learners.histories import iter_histories
 from learners.models import Learner
 from models_store import store
 from models_store.evaluation import EvaluationError
@@ -109,10 +111,17 @@ def _block_outcomes(
             round=round_, purpose=SessionPurpose.CONTRIBUTION, personalized_model__in=block
         )
     }
-    prepared = [
-        ContributionOutcome(model, known[model.pk]) if model.pk in known else _prepare(model, round_, base, policy)
-        for model in block
-    ]
+    learners = Learner.objects.filter(pk__in=[model.learner_id for model in block if model.pk not in known])
+    histories: dict[UUID, tuple[Learner | None, list[Event]]] = {
+        learner.pk: (learner, events) for learner, events in iter_histories(learners, learners_per_query=BLOCK)
+    }
+    prepared: list[_Ready | ContributionOutcome] = []
+    for model in block:
+        if model.pk in known:
+            prepared.append(ContributionOutcome(model, known[model.pk]))
+        else:
+            learner, events = histories.pop(model.learner_id, (None, []))
+            prepared.append(_prepare(model, learner, events, round_, base, policy))
     tasks = [
         LearnerTask(str(ready.model.learner.subject_key), ready.training, base.tail, base.tail, ready.seed)
         for ready in prepared
@@ -127,14 +136,18 @@ def _block_outcomes(
 
 
 def _prepare(
-    model: PersonalizedModel, round_: AggregationRound, base: LoadedVersion, policy: RoundPolicy
+    model: PersonalizedModel,
+    learner: Learner | None,
+    events: Sequence[Event],
+    round_: AggregationRound,
+    base: LoadedVersion,
+    policy: RoundPolicy,
 ) -> _Ready | ContributionOutcome:
-    learner = Learner.objects.filter(pk=model.learner_id).first()
     code = why_not(learner)
     if code or learner is None:
         return ContributionOutcome(model, None, code, _("the learner may not be trained any more"))
     try:
-        training, later = learner_parts(learner, base, policy.max_samples)
+        training, later = history_parts(events, base, policy.max_samples)
     except EncodingError as error:
         return ContributionOutcome(model, None, error.code, str(error))
     if len(training) < policy.min_samples:

@@ -11,6 +11,7 @@ from uuid import UUID
 import numpy as np
 from django.db.models import Max, QuerySet
 
+from aivo_core.encoding.events import Event
 from aivo_core.engine.contract import LocalTrainingConfig
 from aivo_core.network import FloatArray
 from aivo_core.samples import TRAIN_SHARE, Samples
@@ -116,6 +117,12 @@ def learner_parts(learner: Learner, base: LoadedVersion, max_samples: int) -> tu
         EncodingError: an interaction that cannot be encoded.
     """
     return split_samples(samples_of(learner, base), max_samples)
+
+
+def history_parts(events: Sequence[Event], base: LoadedVersion, max_samples: int) -> tuple[Samples, Samples]:
+    """As ``learner_parts``, of a learner whose events were read already."""
+    samples, _state = base.encoder.encode(events)
+    return split_samples(samples, max_samples)
 
 
 def inputs_digest(*, base: LoadedVersion, config: LocalTrainingConfig, training: Samples) -> str:
