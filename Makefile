@@ -31,6 +31,7 @@ ready: $(VENV)/installed .env
 	$(PY) manage.py migrate --verbosity 0
 	$(PY) manage.py collectstatic --noinput --verbosity 0
 	$(PY) manage.py setup_schedules
+	$(PY) -m aivo_core.engine.warm_up
 
 .PHONY: ready
 

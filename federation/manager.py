@@ -106,7 +106,7 @@ class FederatedLearningManager:
         EngineUnavailable: no such engine here.
     """
 
-    def __init__(self, *, engine: str = "keras", actor: str = "FederatedLearningManager") -> None:
+    def __init__(self, *, engine: str = "cohort", actor: str = "FederatedLearningManager") -> None:
         engines.check_engine(engine)
         self._engine = engine
         self._actor = actor

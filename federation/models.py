@@ -52,8 +52,8 @@ class PromotionMode(models.TextChoices):
 
 
 class Engine(models.TextChoices):
-    KERAS = "keras", _("Keras: the reference")
     COHORT = "cohort", _("cohort: the fast engine")
+    KERAS = "keras", _("Keras: the reference, some ten times slower")
 
 
 class Sampling(models.TextChoices):
@@ -153,7 +153,7 @@ class FederationPolicy(Row):
     )
     deadline_minutes = models.PositiveIntegerField(_("deadline in minutes"), default=240, validators=[MinValueValidator(1)])
 
-    engine = models.CharField(_("engine"), max_length=16, choices=Engine.choices, default=Engine.KERAS)
+    engine = models.CharField(_("engine"), max_length=16, choices=Engine.choices, default=Engine.COHORT)
     local_epochs = models.PositiveIntegerField(_("local epochs"), default=5, validators=[MinValueValidator(1)])
     batch_size = models.PositiveIntegerField(_("batch size"), default=32, validators=[MinValueValidator(1)])
     learning_rate = models.FloatField(_("learning rate"), default=1e-3, validators=[MinValueValidator(1e-9)])
@@ -380,7 +380,7 @@ class ModelTrainingSession(Row):
     delta_path = models.CharField(_("delta path"), max_length=300, blank=True)
     delta_sha256 = models.CharField(_("delta checksum"), max_length=64, blank=True)
     delta_norm = models.FloatField(_("delta norm"), null=True, blank=True)
-    engine = models.CharField(_("engine"), max_length=16, choices=Engine.choices, default=Engine.KERAS)
+    engine = models.CharField(_("engine"), max_length=16, choices=Engine.choices)
     backend = models.CharField(_("backend"), max_length=64, blank=True)
     proximal_mu = models.FloatField(_("proximal term μ"), default=0.0)
     clip_norm = models.FloatField(_("clipping norm C"), null=True, blank=True)

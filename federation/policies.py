@@ -87,7 +87,7 @@ class RoundPolicy:
     max_delta_norm: float = 100.0
     norm_outlier_factor: float = 10.0
     deadline_minutes: int = 240
-    engine: str = Engine.KERAS.value
+    engine: str = Engine.COHORT.value
     local_epochs: int = 5
     batch_size: int = 32
     learning_rate: float = 1e-3

@@ -165,7 +165,7 @@ def test_model_cloner_extracts_deltas_and_compares() -> None:
 # --- 3. FederatedLearningManager -----------------------------------------------------------------------------------------
 
 
-def test_the_manager_trains_a_learners_model_with_keras_clips_aggregates_and_makes_a_candidate() -> None:
+def test_the_manager_trains_a_learners_model_clips_aggregates_and_makes_a_candidate() -> None:
     version = make_version()
     manager = FederatedLearningManager()
     updates = []
@@ -359,9 +359,11 @@ def test_with_too_few_learners_there_is_no_job(engine: ShrinkingEngine) -> None:
 
 def test_a_service_that_is_asked_for_differential_privacy_refuses_instead_of_ignoring_it() -> None:
     version = make_version()
-    with pytest.raises(PolicyError) as refused:
-        FederatedAggregationService(documented_config(version, enable_differential_privacy=True)).initialize()
-    assert refused.value.code == "privacy_not_available"
+    for strategy, code in (("weighted", "strategy_not_private"), ("fedavg", "privacy_not_available")):
+        config = documented_config(version, enable_differential_privacy=True, aggregation_strategy=strategy)
+        with pytest.raises(PolicyError) as refused:
+            FederatedAggregationService(config).initialize()
+        assert refused.value.code == code
 
 
 # --- 6. AivoModelCloner and the environment ------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from tests.federation.rounds_world import ShrinkingEngine
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> ShrinkingEngine:
-    """Rounds train with this engine instead of Keras."""
+    """Rounds train with this engine instead of a real one."""
     from federation import engines
 
     own = ShrinkingEngine()

@@ -30,7 +30,7 @@ class ShrinkingEngine:
     it (``factor`` above 0) harms everyone. The result depends on seed and start alone.
     """
 
-    name = "keras"
+    name = "cohort"
     backend = "test"
 
     def __init__(self, factor: float = -0.2, noise: float = 0.01) -> None:

@@ -92,7 +92,7 @@ def test_a_trained_learner_has_a_new_tail_a_session_and_its_delta(engine: Shrink
     assert np.array_equal(store.read_tail(model=model, spec=SMALL), base.tail + delta)
     assert session.delta_norm == pytest.approx(float(np.linalg.norm(delta.astype(np.float64))))
     assert (session.purpose, session.sequence, session.samples) == (SessionPurpose.PERSONAL, 1, TRAINING)
-    assert (session.engine, session.backend, session.proximal_mu) == ("keras", "test", 10.0)
+    assert (session.engine, session.backend, session.proximal_mu) == ("cohort", "test", 10.0)
     assert session.base_version == made.version
     assert session.metadata["tail_sha256"] == model.weights_sha256
 
@@ -486,14 +486,15 @@ def test_the_seed_depends_on_learner_purpose_and_number_only() -> None:
     assert training_seed(key, "PERSONAL", 1) == training_seed(key, "PERSONAL", 1)
 
 
-# --- Through Keras, and through the command ------------------------------------------------------------------------------
+# --- Through the real engines, and through the command -------------------------------------------------------------------
 
 
-def test_keras_trains_a_learner_twice_to_the_same_tail_from_the_same_start() -> None:
-    made = world(learners=2, policy={"local_epochs": 2, "bias_epochs": 2})
+@pytest.mark.parametrize(("name", "backend"), [("cohort", "num"), ("keras", "tensorflow ")])
+def test_an_engine_trains_a_learner_twice_to_the_same_tail_from_the_same_start(name: str, backend: str) -> None:
+    made = world(learners=2, policy={"local_epochs": 2, "bias_epochs": 2, "engine": name})
     report = train()
-    assert (report.trained, report.engine) == (2, "keras")
-    assert report.backend.startswith("tensorflow ")
+    assert (report.trained, report.engine) == (2, name)
+    assert report.backend.startswith(backend)
     first = made.model(0)
     session = ModelTrainingSession.objects.get(personalized_model=first)
     assert len(session.metadata["epoch_losses"]) == 4
@@ -516,7 +517,7 @@ def test_the_command_prints_the_contract(engine: ShrinkingEngine, capsys: pytest
         "learners", "share_gaining", "share_losing", "mean_change", "mean_change_interval", "worst_change", "metrics_main",
         "metrics_personal", "serving_choice",
     } <= set(result["evaluation"])  # fmt: skip
-    assert (result["trained"], result["engine"], result["backend"]) == (3, "keras", "test")
+    assert (result["trained"], result["engine"], result["backend"]) == (3, "cohort", "test")
 
 
 def test_the_command_says_in_words_what_it_measured(engine: ShrinkingEngine, capsys: pytest.CaptureFixture[str]) -> None:

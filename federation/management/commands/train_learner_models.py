@@ -39,7 +39,7 @@ class Command(JobCommand):
         parser.add_argument("--organisation", default="", metavar="SLUG", help=_("only learners of this organisation"))
         parser.add_argument("--limit", type=int, help=_("at most so many learners, those trained longest ago"))
         parser.add_argument("--force", action="store_true", help=_("also learners with nothing new to train on"))
-        parser.add_argument("--engine", help=_("keras or cohort (the policy's)"))
+        parser.add_argument("--engine", help=_("cohort or keras, the reference (default: the policy's)"))
         parser.add_argument("--epochs", type=int, help=_("local epochs (the policy's, 5)"))
         parser.add_argument("--batch-size", type=int, help=_("(the policy's, 32)"))
         parser.add_argument("--learning-rate", type=float, help=_("of the tail (the policy's, 0.001)"))
