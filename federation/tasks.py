@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 from django.utils.translation import gettext_lazy as _
 
 from aivo_site.errors import UsageError
 from aivo_site.jobs.context import JobContext
-from aivo_site.jobs.registry import JobKind, register
+from aivo_site.jobs.registry import JobKind, ShardHandler, register
+from aivo_site.jobs.shards import MAX_STARTS, ShardContext
 
 TRAIN_LEARNER_MODELS = "train_learner_models"
+
+
+def _lazily(module: str, name: str) -> ShardHandler:
+    """A shard handler whose module is imported when it is first needed."""
+
+    def handle(context: ShardContext) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = getattr(import_module(module), name)(context)
+        return found
+
+    return handle
+
+
+_ROUND_SHARDS = {
+    "train": _lazily("federation.rounds.sharing", "train_shard"),
+    "intake": _lazily("federation.rounds.sharing", "intake_shard"),
+    "quality": _lazily("federation.rounds.sharing", "quality_shard"),
+    "aggregate": _lazily("federation.rounds.partial_sums", "aggregate_shard"),
+}
 
 
 def _run_federated_aggregation(context: JobContext) -> Mapping[str, Any]:
@@ -128,6 +148,8 @@ def register_kinds() -> None:
             run=_run_federated_aggregation,
             queue="training",
             child_process=True,
+            max_starts=MAX_STARTS + 2,
+            shard_handlers=_ROUND_SHARDS,
         )
     )
     register(

@@ -77,7 +77,7 @@ def do_in_shards(
 @contextmanager
 def helped(*, parent: Job, phase: str, shard_count: int) -> Iterator[Helpers]:
     """Within, other living workers are asked to help; those that have not begun at the end are taken back."""
-    wanted = min(shard_count - 1, MAX_HELPERS, _other_workers(parent))
+    wanted = min(shard_count - 1, MAX_HELPERS, other_workers(parent))
     helpers = Helpers([_ask(parent, phase, number) for number in range(1, wanted + 1)])
     try:
         yield helpers
@@ -181,7 +181,7 @@ class _Watch:
         return self._over or self._context.should_stop()
 
 
-def _other_workers(parent: Job) -> int:
+def other_workers(parent: Job) -> int:
     """Living workers of the long jobs' queue beside the one that runs the parent."""
     seen = WorkerHeartbeat.objects.filter(
         queue=Queue.TRAINING, last_seen_at__gte=timezone.now() - timedelta(seconds=3 * PULSE_SECONDS)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
-from uuid import UUID
 
 from django.db import transaction
 from django.db.models import Max
@@ -19,22 +19,22 @@ from django.utils.translation import gettext as _
 
 from aivo_core.privacy import global_norm
 from federation import strategies
-from federation.models import AggregationRound, Contribution, RoundAttempt, RoundState
+from federation.models import AggregationRound, Contribution, RoundAttempt, RoundState, Verdict
 from federation.policies import RoundPolicy
-from federation.rounds import cohort, folding, intake, lifecycle
+from federation.rounds import cohort, folding, intake, lifecycle, partial_sums
 from federation.rounds.candidate import reserve_candidate
-from federation.rounds.cohort import DamagedContribution, DiscountedDelta
+from federation.rounds.cohort import DamagedContribution
 from federation.rounds.errors import RoundConflict, RoundSkipped
 from federation.rounds.folding import Member
-from federation.rounds.intake import IntakeContext
 from federation.rounds.lineage import lineage_of
-from federation.rounds.quality import NEUTRAL, measure_quality
+from federation.rounds.quality import NEUTRAL
+from federation.rounds.sharing import QUALITY, Sharing, phase, plans_to_read, quality_shard, reject_damaged
 from federation.strategies import StrategyError
 from federation.strategies.base import Aggregate, PrivacyMechanism
 from federation.strategies.blocks import SumSource
 from models_store import store
 from models_store.errors import StoreError
-from models_store.store import DeltaFile, DeltaReader, LoadedVersion
+from models_store.store import LoadedVersion
 
 Progress = Callable[[int, int, str], None]
 
@@ -42,32 +42,37 @@ WEIGHED_TOGETHER = 500
 """Contributions whose rows are read and written at a time."""
 
 
-def aggregate_round(round_: AggregationRound, *, policy: RoundPolicy, base: LoadedVersion, progress: Progress) -> RoundAttempt:
+def aggregate_round(
+    round_: AggregationRound, *, policy: RoundPolicy, base: LoadedVersion, sharing: Sharing
+) -> RoundAttempt | None:
     """Fold the accepted contributions, write the file, reserve the candidate and move the round to EVALUATING.
 
-    Consents are checked again right before. Run again after a crash it begins a new attempt over what is accepted then; the
-    same set gives the same bytes.
+    Consents are checked again right before. A contribution that is damaged by now is rejected, and a new attempt is begun over
+    the set without it. Run again after a crash it begins a new attempt over what is accepted then; the same set gives the same
+    bytes, whoever folded which part.
+
+    Returns:
+        None where it was asked to stop before the file was there.
 
     Raises:
         RoundSkipped: ``too_few_learners`` accepted, or ``zero_weight``.
         RoundConflict: the round was changed by another run.
         StrategyError: the strategy refuses.
     """
-    while True:
+    while not sharing.should_stop():
         intake.recheck_consent(round_)
         require_enough(policy, cohort.accepted_rows(round_).count())
-        try:
-            _measure(round_, policy, base, progress)
-            members = weigh(round_, policy)
-            attempt = _begin_attempt(round_, policy, members)
-            result = fold_contributions(policy=policy, base=base, members=members, progress=progress)
-        except DamagedContribution as damaged:
-            # The attempt has no file and stays without one; the next one is over the set without this contribution.
-            intake.reject(damaged.contribution, damaged.code, str(damaged))
+        if not _measured(round_, policy, sharing):
             continue
-        stored = _write(round_, attempt, base, policy, result)
-        if stored is not None:
-            return _complete(round_, attempt, stored, result)
+        members = weigh(round_, policy)
+        attempt = _begin_attempt(round_, policy, members)
+        stored = None
+        with _folded(round_, attempt, policy=policy, base=base, members=members, sharing=sharing) as result:
+            if result is not None:
+                stored = _write(round_, attempt, base, policy, result)
+            if stored is not None and result is not None:
+                return _complete(round_, attempt, stored, result)
+    return None
 
 
 def require_enough(policy: RoundPolicy, count: int) -> None:
@@ -97,7 +102,7 @@ def weigh(round_: AggregationRound, policy: RoundPolicy) -> list[Member]:
     members: list[Member] = []
     for begin in range(0, len(rows), WEIGHED_TOGETHER):
         chunk = rows[begin : begin + WEIGHED_TOGETHER]
-        deltas = _deltas_of([row[0] for row in chunk], behind, policy.staleness_exponent)
+        deltas = cohort.delta_files([row[0] for row in chunk], behind=behind, exponent=policy.staleness_exponent)
         for offset, (pk, subject_key, _samples, _quality) in enumerate(chunk):
             members.append(Member(pk, subject_key, float(weights[begin + offset]), deltas[pk]))
         weighed = [Contribution(pk=member.contribution, weight=member.weight) for member in members[begin:]]
@@ -111,8 +116,7 @@ def set_digest(members: Sequence[Member], *, strategy: str, parameters: Mapping[
     head = {"strategy": strategy, "parameters": dict(parameters), "base": base}
     digest.update(json.dumps(head, sort_keys=True).encode())
     for member in members:
-        line = [str(member.subject_key), [[part.file.sha256, part.discount.hex()] for part in member.deltas], member.weight.hex()]
-        digest.update(b"\n" + json.dumps(line).encode())
+        digest.update(b"\n" + member.line().encode())
     return digest.hexdigest()
 
 
@@ -170,38 +174,55 @@ def aggregate_of(round_: AggregationRound) -> RoundAttempt:
     return attempt
 
 
-def _deltas_of(
-    contributions: Sequence[UUID], behind: Mapping[UUID, int], exponent: float
-) -> dict[UUID, tuple[DiscountedDelta, ...]]:
-    """Each contribution's delta files in the order of training."""
-    rows = (
-        Contribution.sessions.through.objects.filter(contribution__in=contributions)
-        .order_by("modeltrainingsession__sequence")
-        .values_list(
-            "contribution_id",
-            "modeltrainingsession__delta_path",
-            "modeltrainingsession__delta_sha256",
-            "modeltrainingsession__base_version_id",
-        )
-    )
-    found: dict[UUID, list[DiscountedDelta]] = {contribution: [] for contribution in contributions}
-    for contribution, path, sha256, version in rows:
-        discount = cohort.staleness_discount(behind[version], exponent)
-        found[contribution].append(DiscountedDelta(DeltaFile(path, sha256), discount))
-    return {contribution: tuple(deltas) for contribution, deltas in found.items()}
-
-
-def _measure(round_: AggregationRound, policy: RoundPolicy, base: LoadedVersion, progress: Progress) -> None:
+def _measured(round_: AggregationRound, policy: RoundPolicy, sharing: Sharing) -> bool:
+    """Measure quality where the strategy needs it; False where a contribution was rejected, or it was asked to stop."""
     if not strategies.get(policy.strategy).info.uses_quality:
+        return True
+    unmeasured = cohort.accepted_rows(round_).filter(quality=None)
+    attempt = round_.attempts.aggregate(last=Max("n"))["last"] or 0
+    rejected = round_.contributions.filter(verdict=Verdict.REJECTED).count()
+    results = sharing.do(
+        phase(QUALITY, round_, attempt, rejected),
+        make=lambda: plans_to_read(round_, unmeasured),
+        handler=quality_shard,
+        message=_("measuring quality"),
+    )
+    return results is not None and not reject_damaged(results)
+
+
+@contextmanager
+def _folded(
+    round_: AggregationRound,
+    attempt: RoundAttempt,
+    *,
+    policy: RoundPolicy,
+    base: LoadedVersion,
+    members: Sequence[Member],
+    sharing: Sharing,
+) -> Iterator[Aggregate | None]:
+    """The attempt's update; None where a contribution was rejected or it was asked to stop: the attempt stays without a file.
+
+    Partial sums are removed at the end, whatever became of them.
+    """
+    job = sharing.job
+    if job is None or not partial_sums.worth_sharing(sharing, policy=policy, members=len(members)):
+        try:
+            result = fold_contributions(policy=policy, base=base, members=members, progress=sharing.progress)
+        except DamagedContribution as damaged:
+            intake.reject(damaged.contribution, damaged.code, str(damaged))
+            yield None
+        else:
+            yield result
         return
-    behind = lineage_of(round_.base_version)
-
-    reader = DeltaReader(base.spec)
-
-    def context_of(block: list[Contribution]) -> IntakeContext:
-        return intake.intake_context(round_, policy, reader, behind, block)
-
-    measure_quality(round_, base=base, context_of=context_of, progress=progress)
+    results = partial_sums.fold_shared(sharing, round_=round_, attempt=attempt, members=members)
+    if results is None:
+        yield None  # a later run of the job finds the files or leaves them to garbage collection
+        return
+    changed = reject_damaged(results) > 0 or any(partial_sums.CHANGED in entry for entry in results)
+    try:
+        yield None if changed else partial_sums.merge(results, policy=policy, base=base)
+    finally:
+        partial_sums.discard(job, round_)
 
 
 def _begin_attempt(round_: AggregationRound, policy: RoundPolicy, members: Sequence[Member]) -> RoundAttempt:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -78,9 +78,9 @@ def untrained_rows(round_: AggregationRound) -> QuerySet[Contribution]:
     return pending_rows(round_).annotate(trained=Count("sessions")).filter(trained=0)
 
 
-def models_to_train(round_: AggregationRound) -> QuerySet[PersonalizedModel]:
-    """Personalized models of the contributions for which nothing was trained yet, ordered by subject key."""
-    keys = untrained_rows(round_).values_list("subject_key", flat=True)
+def models_to_train(rows: QuerySet[Contribution]) -> QuerySet[PersonalizedModel]:
+    """Personalized models of the learners of these contributions, ordered by subject key."""
+    keys = rows.values_list("subject_key", flat=True)
     models = PersonalizedModel.objects.select_related("learner").filter(learner__subject_key__in=list(keys))
     ordered: QuerySet[PersonalizedModel] = models.order_by("learner__subject_key")
     return ordered
@@ -117,6 +117,31 @@ def discounted_deltas(sessions: Sequence[ModelTrainingSession], discounts: Seque
         DiscountedDelta(DeltaFile(session.delta_path, session.delta_sha256), discount)
         for session, discount in zip(sessions, discounts, strict=True)
     )
+
+
+def delta_files(
+    contributions: Sequence[UUID], *, behind: Mapping[UUID, int], exponent: float
+) -> dict[UUID, tuple[DiscountedDelta, ...]]:
+    """Each contribution's delta files in the order of training.
+
+    Args:
+        behind: how far behind each version of the lineage is. exponent: of the discount by it.
+    """
+    rows = (
+        Contribution.sessions.through.objects.filter(contribution__in=contributions)
+        .order_by("modeltrainingsession__sequence")
+        .values_list(
+            "contribution_id",
+            "modeltrainingsession__delta_path",
+            "modeltrainingsession__delta_sha256",
+            "modeltrainingsession__base_version_id",
+        )
+    )
+    found: dict[UUID, list[DiscountedDelta]] = {contribution: [] for contribution in contributions}
+    for contribution, path, sha256, version in rows:
+        discount = staleness_discount(behind[version], exponent)
+        found[contribution].append(DiscountedDelta(DeltaFile(path, sha256), discount))
+    return {contribution: tuple(deltas) for contribution, deltas in found.items()}
 
 
 def compose(deltas: Sequence[DiscountedDelta], read: Callable[[DeltaFile], FloatArray]) -> FloatArray:

@@ -6,6 +6,7 @@ their order alone, not on the number of threads.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections import deque
@@ -46,6 +47,11 @@ class Member:
     subject_key: UUID
     weight: float
     deltas: tuple[DiscountedDelta, ...]
+
+    def line(self) -> str:
+        """All that the sum depends on for this member, for a digest."""
+        deltas = [[part.file.sha256, part.discount.hex()] for part in self.deltas]
+        return json.dumps([str(self.subject_key), deltas, self.weight.hex()])
 
 
 def usable_threads() -> int:

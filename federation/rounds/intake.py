@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from django.db.models import Count, TextChoices
+from django.db.models import Count, QuerySet, TextChoices
 from django.utils.translation import gettext as _
 from django.utils.translation import gettext_lazy
 
@@ -79,26 +79,20 @@ class IntakeContext:
 Rule = Callable[[Contribution, IntakeContext], str]
 
 
-def check_contributions(
-    round_: AggregationRound,
-    *,
-    policy: RoundPolicy,
-    base: LoadedVersion,
-    progress: Callable[[int, int, str], None],
-) -> None:
-    """Give every contribution of the round its verdict; those that have one keep it, so that it can run again."""
-    rows = cohort.pending_rows(round_)
-    total = rows.count()
-    done = 0
+def give_verdicts(
+    rows: QuerySet[Contribution], *, round_: AggregationRound, policy: RoundPolicy, base: LoadedVersion
+) -> Iterator[Contribution]:
+    """Give contributions the verdicts that need no cohort, one after the other; each is given back when it has its own.
+
+    One that has a verdict by the time it is written keeps it, so that this can run again and at several places.
+    """
     behind = lineage_of(round_.base_version)
     reader = DeltaReader(base.spec)
     for block in cohort.blocks(rows):
         context = intake_context(round_, policy, reader, behind, block)
         for contribution in block:
             _record(contribution, inspect(contribution, context))
-        done += len(block)
-        progress(done, total, _("checking contributions"))
-    quarantine_outliers(round_, policy)
+            yield contribution
 
 
 def inspect(contribution: Contribution, context: IntakeContext) -> Finding:
@@ -138,6 +132,13 @@ def reject(contribution: Contribution | UUID, code: str, reason: str = "") -> No
     """Take a contribution, or the one of this id, out of the round."""
     pk = contribution.pk if isinstance(contribution, Contribution) else contribution
     Contribution.objects.filter(pk=pk).update(
+        verdict=Verdict.REJECTED, reason_code=code, reason=reason or _label(code), weight=0.0
+    )
+
+
+def reject_untrained(contribution: Contribution, code: str, reason: str = "") -> None:
+    """As ``reject``, of a contribution that nothing was trained for; one that has a verdict by now keeps it."""
+    Contribution.objects.filter(pk=contribution.pk, verdict=Verdict.PENDING).update(
         verdict=Verdict.REJECTED, reason_code=code, reason=reason or _label(code), weight=0.0
     )
 

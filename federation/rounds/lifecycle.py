@@ -104,6 +104,12 @@ def advance(round_: AggregationRound, *, to: RoundState, **fields: Any) -> None:
         setattr(round_, name, value)
 
 
+def check_unchanged(round_: AggregationRound) -> None:
+    """Raise ``RoundConflict`` where the row has another state or owner than this object."""
+    if not AggregationRound.objects.filter(owner_is(round_), pk=round_.pk, state=round_.state).exists():
+        raise RoundConflict(_("Round %d was changed by another run or an operator.") % round_.sequence)
+
+
 def finish(round_: AggregationRound, *, to: RoundState, code: str, reason: str, actor: str, **fields: Any) -> None:
     """End the round in a terminal state, with its reason and an audit event; its candidate, if not active, is rejected.
 

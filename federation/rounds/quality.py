@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import numpy as np
-from django.utils.translation import gettext as _
+from django.db.models import QuerySet
 
 from aivo_core.network import FloatArray
 from aivo_core.samples import TRAIN_SHARE, Samples
 from federation.models import AggregationRound, Contribution
+from federation.policies import RoundPolicy
 from federation.rounds import cohort
-from federation.rounds.intake import IntakeContext
+from federation.rounds.intake import intake_context
+from federation.rounds.lineage import lineage_of
 from federation.rounds.own_samples import samples_of
 from models_store.evaluation import learner_losses
 from models_store.forecasting import forecast_tail, trunk_activations
@@ -37,30 +39,25 @@ def quality_of_change(before: float, after: float) -> float:
 
 
 def measure_quality(
-    round_: AggregationRound,
-    *,
-    base: LoadedVersion,
-    context_of: Callable[[list[Contribution]], IntakeContext],
-    progress: Callable[[int, int, str], None],
-) -> None:
-    """Measure the accepted contributions that have no quality yet; deltas and samples of one learner are held at a time.
+    rows: QuerySet[Contribution], *, round_: AggregationRound, policy: RoundPolicy, base: LoadedVersion
+) -> Iterator[Contribution]:
+    """Measure those of the contributions that have no quality yet, one after the other; each is given back when it has one.
+
+    Deltas and samples of one learner are held at a time.
 
     Raises:
         DamagedContribution: a delta cannot be read any more.
     """
-    rows = cohort.accepted_rows(round_).filter(quality=None)
-    total = rows.count()
-    done = 0
+    behind = lineage_of(round_.base_version)
     reader = DeltaReader(base.spec)
-    for block in cohort.blocks(rows):
-        context = context_of(block)
+    for block in cohort.blocks(rows.filter(quality=None)):
+        context = intake_context(round_, policy, reader, behind, block)
         for contribution in block:
             discounts = context.discounts(cohort.sessions_of(contribution))
             delta = cohort.read_accepted(contribution, reader=reader, discounts=discounts)
             samples = samples_of(context.learners[contribution.subject_key], base)
             Contribution.objects.filter(pk=contribution.pk).update(quality=_quality(base, delta, samples))
-        done += len(block)
-        progress(done, total, _("measuring quality"))
+            yield contribution
 
 
 def _quality(base: LoadedVersion, delta: FloatArray, samples: Samples) -> float:

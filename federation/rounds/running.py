@@ -18,11 +18,12 @@ from aivo_site.errors import DomainError, Skipped
 from aivo_site.jobs.models import Job
 from federation.models import AggregationRound, ContributionSource, PromotionMode, RoundState
 from federation.policies import RoundPolicy
-from federation.rounds import candidate, cohort, evidence, intake, lifecycle, promotion
+from federation.rounds import candidate, cohort, evidence, intake, lifecycle, promotion, sharing
 from federation.rounds.aggregation import aggregate_of, aggregate_round, require_enough
 from federation.rounds.eligibility import Selection, select_learners
 from federation.rounds.errors import RoundConflict, RoundFailed, RoundSkipped, RoundStopped
 from federation.rounds.report import describe_round
+from federation.rounds.sharing import Sharing
 from federation.strategies import StrategyError
 from models_store import store, versions
 from models_store.store import LoadedVersion
@@ -48,7 +49,13 @@ class RoundRun:
     actor: str
     progress: Progress = _no_progress
     should_stop: Callable[[], bool] = _never
+    job: Job | None = None
     loaded: LoadedVersion | None = field(default=None)
+
+    @property
+    def sharing(self) -> Sharing:
+        """How its long steps are shared with other workers."""
+        return Sharing(self.job, self.interrupted, self.progress)
 
     @property
     def base(self) -> LoadedVersion:
@@ -101,6 +108,7 @@ def run_round(
         actor,
         progress or _no_progress,
         should_stop or _never,
+        job,
     )
     _drive(run, job)
     return {**_outcome(run.round), "resumed": claim.resumed}
@@ -168,36 +176,45 @@ def _select(run: RoundRun) -> None:
 
 
 def _train(run: RoundRun) -> None:
-    from federation.local_training import produce_contributions
-
-    rows = {row.subject_key: row for row in cohort.untrained_rows(run.round)}
-    outcomes = produce_contributions(
-        round=run.round,
-        base=run.base,
-        models=cohort.models_to_train(run.round),
-        policy=run.policy,
-        progress=run.progress,
-        should_stop=run.interrupted,
+    done = run.sharing.do(
+        sharing.phase(sharing.TRAIN, run.round),
+        make=lambda: sharing.plans_to_train(run.round, cohort.untrained_rows(run.round)),
+        handler=sharing.train_shard,
+        message=_("training contributions"),
     )
-    for outcome in outcomes:
-        row = rows[outcome.model.learner.subject_key]
-        if outcome.session is not None:
-            cohort.attach_session(row, outcome.session)
-        else:
-            intake.reject(row, outcome.reason_code, outcome.reason)
-    if run.interrupted():
-        return  # the check before the next step says why
+    if done is None:
+        _stopped(run)
+        return
     lifecycle.advance(run.round, to=RoundState.INTAKE)
 
 
 def _intake(run: RoundRun) -> None:
-    intake.check_contributions(run.round, policy=run.policy, base=run.base, progress=run.progress)
+    done = run.sharing.do(
+        sharing.phase(sharing.INTAKE, run.round),
+        make=lambda: sharing.plans_to_read(run.round, cohort.pending_rows(run.round)),
+        handler=sharing.intake_shard,
+        message=_("checking contributions"),
+    )
+    if done is None:
+        _stopped(run)
+        return
+    intake.quarantine_outliers(run.round, run.policy)
     require_enough(run.policy, cohort.accepted_rows(run.round).count())
     lifecycle.advance(run.round, to=RoundState.AGGREGATING)
 
 
 def _aggregate(run: RoundRun) -> None:
-    aggregate_round(run.round, policy=run.policy, base=run.base, progress=run.progress)
+    if aggregate_round(run.round, policy=run.policy, base=run.base, sharing=run.sharing) is None:
+        _stopped(run)
+
+
+def _stopped(run: RoundRun) -> None:
+    """A step ended early: the check before the next step says why, unless the round was ended by somebody else.
+
+    Raises:
+        RoundConflict: it was.
+    """
+    lifecycle.check_unchanged(run.round)
 
 
 def _evaluate(run: RoundRun) -> None:

@@ -19,10 +19,9 @@ from federation.rounds import lifecycle, promotion, rebase
 from federation.rounds.cohort import accepted_rows
 from federation.rounds.report import describe_round
 from federation.rounds.running import DEFAULT_ACTOR, Progress, preview_round, run_round
+from federation.rounds.sharing import AGGREGATION_KIND
 from models_store import versions
 from models_store.models import MainModelVersion, VersionStatus
-
-AGGREGATION_KIND = "run_federated_aggregation"
 
 OVERRIDES = (
     "strategy",

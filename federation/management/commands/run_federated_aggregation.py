@@ -13,6 +13,7 @@ from aivo_site.jobs.job_command import JobCommand
 from federation import strategies
 from federation.models import ContributionSource, PromotionMode
 from federation.rounds import service
+from federation.rounds.sharing import AGGREGATION_KIND
 
 FLAGS = {
     "strategy": "strategy",
@@ -31,7 +32,7 @@ class Command(JobCommand):
         "Flags override the installation's policy for this round."
     )
     example: ClassVar[str] = "run_federated_aggregation --strategy fedprox --min-learners 5"
-    kind: ClassVar[str] = service.AGGREGATION_KIND
+    kind: ClassVar[str] = AGGREGATION_KIND
     result_keys: ClassVar[tuple[str, ...]] = (
         "round",
         "state",
