@@ -118,12 +118,14 @@ def _checked(vector: npt.NDArray[Float]) -> npt.NDArray[Float]:
 
 def _unit_and_length(values: npt.NDArray[Float]) -> tuple[float, float]:
     """A power of two and the norm in that unit: dividing by it is exact, and squares stay in range."""
+    if values.dtype != np.float64:  # squares of narrower floats stay in range as they are
+        return 1.0, float(np.sqrt(np.sum(np.square(values, dtype=np.float64))))
     largest = float(np.max(np.abs(values), initial=0.0))
     if largest == 0.0:
         return 1.0, 0.0
     unit = ldexp(1.0, frexp(largest)[1] - 1)
     # A pairwise sum and not a dot product: BLAS may order its sum by the number of threads.
-    length = float(np.sqrt(np.sum(np.square(values.astype(np.float64) / unit))))
+    length = float(np.sqrt(np.sum(np.square(values / unit))))
     return unit, length
 
 

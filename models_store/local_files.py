@@ -89,7 +89,7 @@ def read(root: Path, name: str, *, max_bytes: int) -> bytes:
         StoreError: ``missing_file``; ``bad_path`` where a link leads out of ``root``; ``bad_file`` where it is no
             regular file or larger than ``max_bytes``.
     """
-    handle = _open_regular(root, name, max_bytes)
+    handle, _status = _open_regular(root, name, max_bytes)
     try:
         with os.fdopen(handle, "rb", closefd=False) as file:
             return file.read()
@@ -103,12 +103,12 @@ def read_into(root: Path, name: str, buffer: memoryview) -> tuple[int, FileIdent
     Raises:
         StoreError: as ``read``; ``bad_file`` where the file is larger than the buffer.
     """
-    handle = _open_regular(root, name, len(buffer))
+    handle, status = _open_regular(root, name, len(buffer))
     try:
         size = 0
-        while size < len(buffer) and (got := os.readv(handle, [buffer[size:]])):
+        while size < status.st_size and (got := os.readv(handle, [buffer[size : status.st_size]])):
             size += got
-        return size, _identity(os.fstat(handle))
+        return size, _identity(status)
     finally:
         os.close(handle)
 
@@ -116,7 +116,7 @@ def read_into(root: Path, name: str, buffer: memoryview) -> tuple[int, FileIdent
 def read_slice(root: Path, name: str, identity: FileIdentity, start: int, length: int) -> bytes | None:
     """``length`` bytes from ``start`` of a file that was read before; None if it is not that file, unchanged, any more."""
     try:
-        handle = os.open(root / name, _READ)
+        handle = os.open(f"{root}/{name}", _READ)  # a Path for each would intern a word for each
     except OSError:
         return None  # the whole file is read again, which says what is wrong
     try:
@@ -210,8 +210,8 @@ def _identity(status: os.stat_result) -> FileIdentity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _open_regular(root: Path, name: str, max_bytes: int) -> int:
-    """A handle on a regular file of at most ``max_bytes`` below ``root``; the caller closes it."""
+def _open_regular(root: Path, name: str, max_bytes: int) -> tuple[int, os.stat_result]:
+    """A handle, which the caller closes, on a regular file of at most ``max_bytes`` below ``root``, and its status."""
     handle = _open_inside(root, name)
     try:
         status = os.fstat(handle)
@@ -222,7 +222,7 @@ def _open_regular(root: Path, name: str, max_bytes: int) -> int:
     except BaseException:
         os.close(handle)
         raise
-    return handle
+    return handle, status
 
 
 def _open_inside(root: Path, name: str) -> int:

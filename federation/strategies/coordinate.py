@@ -7,6 +7,7 @@ algorithm leaves the values between its pivots in an order of its own, and a sum
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -96,10 +97,16 @@ class CoordinateStrategy(Strategy):
         vector = np.empty(source.dim, dtype=source.dtype)
         starts = range(0, source.dim, width)
 
+        own = threading.local()
+
         def reduce(start: int) -> int:
             stop = min(start + width, source.dim)
+            if not hasattr(own, "columns"):  # once per thread: memory that is given back is not always taken again
+                own.columns = np.empty((width, source.count), dtype=source.dtype)
+            columns = own.columns[: stop - start]
+            _fill_sorted(columns, source, start, stop)
             with np.errstate(over="ignore"):
-                vector[start:stop] = self.reduce_sorted(_sorted_columns(source, start, stop), checked) + 0.0  # -0 becomes 0
+                vector[start:stop] = self.reduce_sorted(columns, checked) + 0.0  # -0 becomes 0
             return stop - start
 
         done = 0
@@ -141,9 +148,8 @@ def block_width(source: DeltaSource, most_bytes: int) -> int:
     return min(source.dim, max(1, most_bytes // (source.dtype.itemsize * (source.count + _GATHERED))))
 
 
-def _sorted_columns(source: DeltaSource, start: int, stop: int) -> FloatingArray:
-    """(stop - start, n): the coordinates, each ascending over the learners."""
-    columns = np.empty((stop - start, source.count), dtype=source.dtype)
+def _fill_sorted(columns: FloatingArray, source: DeltaSource, start: int, stop: int) -> None:
+    """Fill (stop - start, n) ``columns`` with the coordinates, each ascending over the learners."""
     rows = np.empty((_GATHERED, stop - start), dtype=source.dtype)
     for first in range(0, source.count, _GATHERED):
         last = min(first + _GATHERED, source.count)
@@ -151,4 +157,3 @@ def _sorted_columns(source: DeltaSource, start: int, stop: int) -> FloatingArray
             rows[row - first] = source.read(row, start, stop)
         columns[:, first:last] = rows[: last - first].T
     columns.sort(axis=1)
-    return columns
