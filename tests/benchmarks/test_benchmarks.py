@@ -25,6 +25,7 @@ class Smallest:
 
 ALWAYS = frozenset({"benchmark", "size", "seconds", "machine", "versions"})
 SMALLEST = {
+    "aggregation": Smallest("--deltas 70", frozenset({"numbers_each", "threads", "sizes", "microseconds_per_delta"})),
     "cloning": Smallest(
         "--learners 5", frozenset({"medians", "ms_each", "learners_per_second", "learners_per_cpu_second", "keras_over_product"})
     ),
