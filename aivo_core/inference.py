@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -99,18 +100,17 @@ class FoldedTail:
             NetworkError: ``wrong_shape`` or ``wrong_dtype``.
         """
         _check_rows("activations", activations, self.units)
-        return _head_outputs(self._logits(activations), self.slices)
+        hidden = activations
+        for layer in self.layers:
+            hidden = _relu(layer(hidden))
+        logits = self.heads(hidden)
+        content, difficulty, path = (_softmax(logits[:, part]) for part in self.slices)
+        return HeadOutputs(content, difficulty, path)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays."""
         return sum(layer.kernel.nbytes + layer.bias.nbytes for layer in (*self.layers, self.heads))
-
-    def _logits(self, activations: FloatArray) -> FloatArray:
-        hidden = activations
-        for layer in self.layers:
-            hidden = _relu(layer(hidden))
-        return self.heads(hidden)
 
 
 @dataclass(frozen=True)
@@ -183,18 +183,35 @@ def fold_tail(spec: NetworkSpec, weights: Weights, tail: FloatArray) -> FoldedTa
     return FoldedTail(spec.feature_dim, layers, together, slices)
 
 
-def forward_each(tails: Sequence[FoldedTail], activations: FloatArray) -> HeadOutputs:
-    """Every tail on rows of its own, one pass over the tails' memory; the heads' probabilities are made for all at once.
+@dataclass(frozen=True)
+class EachOutputs:
+    """As ``HeadOutputs``, of many tails: (tails, rows, units of the head) float32 each, made when they are asked for."""
+
+    logits: FloatArray
+    slices: tuple[slice, slice, slice]
+
+    @cached_property
+    def content(self) -> FloatArray:
+        return _softmax(self.logits[..., self.slices[0]])
+
+    @cached_property
+    def difficulty(self) -> FloatArray:
+        return _softmax(self.logits[..., self.slices[1]])
+
+    @cached_property
+    def path(self) -> FloatArray:
+        return _softmax(self.logits[..., self.slices[2]])
+
+
+def forward_each(tails: Sequence[FoldedTail], activations: FloatArray) -> EachOutputs:
+    """Every tail on rows of its own, in one pass over the tails' memory.
 
     Args:
         tails: n, folded for one network.
         activations: (n, rows, units) float32, of the trunk they stand on.
 
-    Returns:
-        ``HeadOutputs`` of (n, rows, units of the head) each.
-
     Raises:
-        NetworkError: ``wrong_shape`` or ``wrong_dtype``; ``bad_network`` for tails with heads at different places.
+        NetworkError: ``wrong_shape`` or ``wrong_dtype``; ``bad_network`` for tails of different networks.
     """
     if not tails or activations.ndim != 3 or len(activations) != len(tails):
         raise NetworkError(
@@ -209,7 +226,7 @@ def forward_each(tails: Sequence[FoldedTail], activations: FloatArray) -> HeadOu
     hidden = activations
     for layers in zip(*(tail.layers for tail in tails), strict=True):
         hidden = _relu(_each_layer(layers, hidden))
-    return _head_outputs(_each_layer([tail.heads for tail in tails], hidden), first.slices)
+    return EachOutputs(_each_layer([tail.heads for tail in tails], hidden), first.slices)
 
 
 def _each_layer(layers: Sequence[_Layer], x: FloatArray) -> FloatArray:
@@ -303,11 +320,6 @@ def _relu(fresh: FloatArray) -> FloatArray:
     """In place."""
     np.maximum(fresh, 0.0, out=fresh)
     return fresh
-
-
-def _head_outputs(logits: FloatArray, slices: tuple[slice, slice, slice]) -> HeadOutputs:
-    content, difficulty, path = (_softmax(logits[..., part]) for part in slices)
-    return HeadOutputs(content, difficulty, path)
 
 
 def _softmax(logits: FloatArray) -> FloatArray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -108,7 +109,7 @@ class NetworkSpec:
         hidden = default_freeze_layers(len(self.hidden_layers))
         return hidden + tuple(head.name for head in self.heads)
 
-    @property
+    @cached_property
     def frozen_blocks(self) -> int:
         """Number of whole hidden blocks in the trunk."""
         return _frozen_blocks(self)

@@ -18,7 +18,7 @@ from django.utils.translation import gettext as _
 from aivo_core.encoding.encoder import Encoder, Prediction
 from aivo_core.encoding.errors import EncodingError
 from aivo_core.encoding.labels import PATHS, path_name
-from aivo_core.inference import FoldedTail, FoldedTrunk, HeadOutputs, forward_each
+from aivo_core.inference import EachOutputs, FoldedTail, FoldedTrunk, forward_each
 from aivo_core.network import FloatArray
 from aivo_core.ordinal import attained_level, success_curve
 from aivo_site.errors import UsageError
@@ -139,8 +139,8 @@ def _by_learner(block: Sequence[_Asked], target: float) -> Iterator[Recommendati
     encoder = loaded.encoder
     tails = [asked.model.network.tail for asked in block]
     predictions = [asked.prediction for asked in block]
-    first = _forward(trunk, tails, np.stack([asked.inputs.rows for asked in block]))
-    priors = np.stack([prediction.content_prior for prediction in predictions])[:, None]
+    first = _forward(trunk, tails, np.array([asked.inputs.rows for asked in block]))
+    priors = np.array([prediction.content_prior for prediction in predictions])[:, None]
     content = mix_content(first.content, np.broadcast_to(priors, first.content.shape), loaded.content_mix)
     slots = content[:, 0, : len(encoder.categories)].argmax(axis=1)
     rows = with_groups_left_out(encoder, encoder.second_passes(predictions, slots))
@@ -166,7 +166,7 @@ def _by_learner(block: Sequence[_Asked], target: float) -> Iterator[Recommendati
         )
 
 
-def _forward(trunk: FoldedTrunk, tails: Sequence[FoldedTail], rows: FloatArray) -> HeadOutputs:
+def _forward(trunk: FoldedTrunk, tails: Sequence[FoldedTail], rows: FloatArray) -> EachOutputs:
     """(learners, rows, 256) through one trunk and each learner's own tail."""
     activations = trunk.activations(rows.reshape(-1, rows.shape[-1]))
     return forward_each(tails, activations.reshape(*rows.shape[:2], -1))

@@ -203,15 +203,21 @@ class Encoder:
         """
         if slots.shape != (len(predictions),) or (len(slots) and not 0 <= slots.min() <= slots.max() < SLOTS):
             raise EncodingError(f"slots must be {len(predictions)} numbers 0..{OVERFLOW_SLOT}, not {slots}", code="bad_event")
+        read = [
+            (one.mastery[slot], one.ability[slot], one.seen[slot], slot == one.last_slot)
+            for one, slot in zip(predictions, slots.tolist(), strict=True)
+        ]
+        mastery, ability, seen, is_last = np.array(read, dtype=np.float32).reshape(-1, 4).T
         known = KnownCategory(
             slot=slots,
-            is_last=slots == np.array([one.last_slot for one in predictions], dtype=np.int64),
-            mastery=np.array([one.mastery[slot] for one, slot in zip(predictions, slots, strict=True)], dtype=np.float32),
-            ability=np.array([one.ability[slot] for one, slot in zip(predictions, slots, strict=True)], dtype=np.float32),
-            seen=np.array([one.seen[slot] for one, slot in zip(predictions, slots, strict=True)], dtype=np.bool_),
+            is_last=is_last > 0.0,
+            mastery=mastery,
+            ability=ability,
+            seen=seen > 0.0,
             mean=self.scale.category_mean[slots],
         )
-        return second_pass(np.stack([one.first for one in predictions]), known, self.context_slots, self.scaler)
+        first = np.array([one.first for one in predictions])
+        return second_pass(first, known, self.context_slots, self.scaler)
 
     def _samples(self, trail: Trail) -> Samples:
         states = sample_states(trail)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aivo_core.inference import HeadOutputs, blend, fold, fold_tail, fold_trunk, trunk_features
+from aivo_core.inference import HeadOutputs, blend, fold, fold_tail, fold_trunk, forward_each, trunk_features
 from aivo_core.network import NetworkError, NetworkSpec, default_freeze_layers
 from tests.synthetic_samples import TINY, logits_in_double, make_weights, softmax_in_double
 
@@ -154,3 +154,45 @@ def test_folding_refuses_what_it_cannot_fold() -> None:
     )
     with pytest.raises(NetworkError, match="units"):
         fold(other, make_weights(other, 1)).with_tail(fold_tail(TINY, weights, TINY.flatten_tail(weights)))
+
+
+# --- Many tails -------------------------------------------------------------------------------------------------------
+
+
+@given(tails=st.integers(1, 7), rows_each=st.integers(1, 5), frozen=st.sampled_from([0, 1, 2]))
+@settings(deadline=None, max_examples=30)
+def test_each_tail_on_its_own_rows_gives_what_it_gives_alone(tails: int, rows_each: int, frozen: int) -> None:
+    spec = NetworkSpec(hidden_layers=(12, 10, 8), dropout_rates=(0.1, 0.1, 0.1), freeze_layers=default_freeze_layers(frozen))
+    weights = make_weights(spec, 4)
+    trunk = fold_trunk(spec, weights)
+    rng = np.random.default_rng(tails)
+    base = spec.flatten_tail(weights)
+    folded = [
+        fold_tail(spec, weights, base + rng.normal(size=base.shape).astype(np.float32) * np.float32(0.1)) for _ in range(tails)
+    ]
+    activations = trunk.activations(rows(spec, tails * rows_each)).reshape(tails, rows_each, -1)
+    together = forward_each(folded, activations)
+    for index, tail in enumerate(folded):
+        alone = tail.forward(np.ascontiguousarray(activations[index]))
+        for name in HEADS:
+            np.testing.assert_allclose(getattr(together, name)[index], getattr(alone, name), atol=1e-6)
+
+
+def test_many_tails_refuse_rows_or_tails_that_do_not_belong_together() -> None:
+    spec = NetworkSpec(hidden_layers=(12, 10, 8), dropout_rates=(0.1, 0.1, 0.1), freeze_layers=default_freeze_layers(2))
+    other = NetworkSpec(hidden_layers=(12, 10, 6, 8), dropout_rates=(0.1,) * 4, freeze_layers=default_freeze_layers(2))
+    tail, deeper = (
+        fold_tail(s, w, s.flatten_tail(w)) for s, w in ((spec, make_weights(spec, 4)), (other, make_weights(other, 4)))
+    )
+    good = np.zeros((2, 1, 10), dtype=np.float32)
+    for tails, activations, code in (
+        ([], good[:0], "wrong_shape"),
+        ([tail], good, "wrong_shape"),
+        ([tail, tail], good[:, 0], "wrong_shape"),
+        ([tail, tail], good[:, :, :9], "wrong_shape"),
+        ([tail, tail], good.astype(np.float64), "wrong_dtype"),
+        ([tail, deeper], good, "bad_network"),
+    ):
+        with pytest.raises(NetworkError) as caught:
+            forward_each(tails, activations)
+        assert caught.value.code == code
