@@ -50,6 +50,11 @@ def get_engine(name: str) -> LocalTrainingEngine:
         return _engines[name]
 
 
+def needs_own_process(name: str) -> bool:
+    """Whether training with this engine needs a process that ends with it: TensorFlow hangs in a fork of one that ran it."""
+    return name not in _IN_THE_WORKER
+
+
 def _keras() -> LocalTrainingEngine:
     from federation.keras_engine import KerasEngine
 
@@ -61,5 +66,6 @@ def _cohort() -> LocalTrainingEngine:
 
 
 _FACTORIES: dict[str, Callable[[], LocalTrainingEngine]] = {"keras": _keras, "cohort": _cohort}
+_IN_THE_WORKER = ("cohort",)
 _engines: dict[str, LocalTrainingEngine] = {}
 _lock = threading.Lock()

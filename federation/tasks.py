@@ -14,6 +14,8 @@ from aivo_site.jobs.registry import JobKind, ShardHandler, register
 from aivo_site.jobs.shards import MAX_STARTS, ShardContext
 
 TRAIN_LEARNER_MODELS = "train_learner_models"
+TRAIN_LEARNER_MODEL = "train_learner_model"
+"""One learner's own copy, as after a session."""
 
 
 def _lazily(module: str, name: str) -> ShardHandler:
@@ -26,6 +28,7 @@ def _lazily(module: str, name: str) -> ShardHandler:
     return handle
 
 
+_TRAINING_SHARDS = {"learners": _lazily("federation.shared_training", "train_shard")}
 _ROUND_SHARDS = {
     "train": _lazily("federation.rounds.sharing", "train_shard"),
     "intake": _lazily("federation.rounds.sharing", "intake_shard"),
@@ -101,6 +104,7 @@ def _train_learner_models(context: JobContext) -> Mapping[str, Any]:
         policy=local_training.training_policy(params.get("overrides")),
         force=bool(params.get("force", False)),
         actor=context.actor,
+        job=context.job,
         progress=context.progress,
         should_stop=context.should_stop,
     )
@@ -110,6 +114,31 @@ def _train_learner_models(context: JobContext) -> Mapping[str, Any]:
         context.check_cancelled()
     report.require_work()
     return report.to_json()
+
+
+def _train_learner_model(context: JobContext) -> Mapping[str, Any]:
+    from federation import local_training
+
+    params = _params(context, allowed=("learner_id",))
+    return local_training.train_learner(learner_id=str(params.get("learner_id") or ""), actor=context.actor)
+
+
+def _training_needs_child(params: Mapping[str, Any]) -> bool:
+    from federation import engines
+    from federation.policies import default_policy
+
+    overrides = params.get("overrides") or {}
+    return engines.needs_own_process(str(overrides.get("engine") or default_policy().engine))
+
+
+def _round_needs_child(params: Mapping[str, Any]) -> bool:
+    """A round that is gone on with trains with the engine that it began with."""
+    from federation import engines
+    from federation.rounds import lifecycle
+
+    current = lifecycle.open_round()
+    begun = current is not None and engines.needs_own_process(str(current.policy.get("engine", "")))
+    return begun or _training_needs_child(params)
 
 
 def _decide_round(context: JobContext) -> Mapping[str, Any]:
@@ -147,7 +176,7 @@ def register_kinds() -> None:
             label=_("Federated aggregation"),
             run=_run_federated_aggregation,
             queue="training",
-            child_process=True,
+            child_process=_round_needs_child,
             max_starts=MAX_STARTS + 2,
             shard_handlers=_ROUND_SHARDS,
         )
@@ -158,7 +187,17 @@ def register_kinds() -> None:
             label=_("Train learners' own models"),
             run=_train_learner_models,
             queue="training",
-            child_process=True,
+            child_process=_training_needs_child,
+            max_starts=MAX_STARTS + 2,
+            shard_handlers=_TRAINING_SHARDS,
+        )
+    )
+    register(
+        JobKind(
+            name=TRAIN_LEARNER_MODEL,
+            label=_("Train one learner's own model"),
+            run=_train_learner_model,
+            child_process=_training_needs_child,
         )
     )
     register(JobKind(name="promote_main_model", label=_("Promote a main model version"), run=_promote_main_model))

@@ -143,6 +143,11 @@ def results(*, parent: Job, phase: str) -> list[dict[str, Any]]:
     return [shard.result or {} for shard in planned(parent=parent, phase=phase)]
 
 
+def finished_results(*, parent: Job, phase: str) -> list[dict[str, Any]]:
+    """The results of those shards of a phase that are done, in order."""
+    return [shard.result or {} for shard in planned(parent=parent, phase=phase) if shard.state == ShardState.DONE]
+
+
 def clear_results(*, parent: Job, phase: str) -> None:
     """Forget what a phase's shards left, once something else stands for it."""
     JobShard.objects.filter(parent=parent, phase=phase, state=ShardState.DONE).update(result={}, updated_at=timezone.now())

@@ -16,7 +16,7 @@ from aivo_core.engine.contract import LearnerResult, LearnerTask, LocalTrainingC
 from aivo_core.network import NetworkSpec, Weights
 from aivo_site.audit.models import AuditEvent
 from aivo_site.errors import UsageError
-from federation import engines, local_training
+from federation import engines, training_run
 from federation.learner_preparation import training_seed
 from federation.local_training import TrainingReport, learners_to_train, train_learners, training_policy
 from federation.models import ModelTrainingSession, SessionPurpose
@@ -459,19 +459,19 @@ def test_evidence_that_cannot_be_read_is_a_failure_of_its_learner_alone(engine: 
 
 
 def test_learners_are_held_in_blocks_of_one_base(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_training, "BLOCK", 2)
+    monkeypatch.setattr(training_run, "BLOCK", 2)
     engine = use(Recording())
     made = world(learners=3)
     other = make_version(seed=1, active=False)
     for number in range(3):
         with_model(make_learner(f"other-{number}"), other, seed=20 + number, session=False)
     assert train().trained == 6
-    assert engine.calls == [4, 2, 4, 2]
+    assert engine.calls == [4, 2, 2, 4]
     assert made.version != other
 
 
 def test_a_block_ends_before_it_holds_too_many_samples(use: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_training, "BLOCK_SAMPLES", 2 * (EVENTS - 1))
+    monkeypatch.setattr(training_run, "BLOCK_SAMPLES", 2 * (EVENTS - 1))
     engine = use(Recording())
     world(learners=3)
     train()
