@@ -31,7 +31,9 @@ def main(folder: Path) -> None:
             "import_interactions", file, "--pool", pool, "--consent", "training,contribution", "--authority", "simulated"
         )
     policy = default_policy()
-    # Many small steps: local training of a learner takes long enough to be interrupted, and the tests stay quick.
+    # The reference engine and many small steps: a learner's training takes long enough to be interrupted, in a process of its
+    # own, and the tests stay quick.
+    policy.engine = "keras"
     policy.min_samples, policy.local_epochs, policy.batch_size, policy.bias_epochs = 10, 20, 8, 1
     policy.save()
 
