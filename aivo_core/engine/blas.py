@@ -19,6 +19,8 @@ _SYMBOLS = (
     "MKL_Set_Num_Threads",
 )
 
+_AVX512_CORES = (b"SkylakeX", b"Cooperlake", b"SapphireRapids")
+
 
 def use_one_thread() -> tuple[str, ...]:
     """Set every OpenBLAS or MKL that came with NumPy or SciPy, or that this process has loaded, to one thread.
@@ -37,6 +39,23 @@ def use_one_thread() -> tuple[str, ...]:
 @lru_cache(maxsize=8)
 def _setters(paths: frozenset[str]) -> tuple[tuple[str, Any], ...]:
     return tuple((path, setter) for path in sorted(paths) if (setter := _setter(path)) is not None)
+
+
+@lru_cache(maxsize=1)
+def small_product() -> int:
+    """Up to how many multiplications a product counts as small for SciPy's OpenBLAS; 0 where it makes no difference.
+
+    Its AVX-512 kernels multiply small matrices without copying them first (kernel/x86_64/sgemm_small_kernel_permit_skylakex.c:
+    up to 100^3), a fifth faster than a larger product of these shapes. Constant on one machine.
+    """
+    for path in _bundled("scipy"):
+        library = ctypes.CDLL(path)
+        for symbol in ("scipy_openblas_get_corename", "openblas_get_corename"):
+            if hasattr(library, symbol):
+                name = getattr(library, symbol)
+                name.restype = ctypes.c_char_p
+                return 100**3 if name() in _AVX512_CORES else 0
+    return 0
 
 
 def _setter(path: str) -> Any | None:

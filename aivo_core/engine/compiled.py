@@ -21,10 +21,11 @@ HELPER: dict[str, Any] = {"nogil": True, "fastmath": FAST, "error_model": "numpy
 EXACT: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
 
 # Places in the working memory, in the order of the table that ``compiled_kernel`` makes.
-W, G, M, V, ANCHOR, FIRST, SECOND, X, CLASS_LOGITS, LEVEL_LOGITS, UP, UP_BACK, UP_CLASS, SLOPE, SHIFT, BLOCKS = range(16)
-PLACES = 16
-TRUNK_ROWS = 256
-UPDATE_BLOCK = 2048
+W, G, STATE, FIRST, SECOND, X, X_BLOCKS, CLASS_LOGITS, LEVEL_LOGITS, UP, UP_BACK, UP_CLASS, SLOPE, SHIFT, BLOCKS = range(15)
+PLACES = 15
+TRUNK_ROWS = 240
+STATE_BLOCK = 2048
+"""The optimiser's state is cut into blocks: first moments, second moments and anchor of so many weights each."""
 
 BETA_1_REST = np.float32(0.1)
 BETA_2_REST = np.float32(0.001)
@@ -95,12 +96,41 @@ def fill_kept(kept, key, threshold, scale):
 
 
 @njit(**HELPER)
+def at_once(wanted, rest, limit, step):
+    """Rows of a product to compute at once so that it stays within ``limit`` multiplications: a multiple of ``step``."""
+    if wanted * rest <= limit or limit < step * rest:
+        return wanted
+    return limit // rest // step * step
+
+
+@njit(**HELPER)
+def product(left, right, out, limit):
+    """Matrix product, some rows at a time where the library has a faster way for small ones (``blas.small_product``)."""
+    rows = at_once(left.shape[0], right.size, limit, 2)
+    for begin in range(0, left.shape[0], rows):
+        end = min(begin + rows, left.shape[0])
+        np.dot(left[begin:end], right, out[begin:end])
+
+
+@njit(**HELPER)
 def rectify(values, bias):
     for i in range(values.shape[0]):
         row = values[i]
         for j in range(bias.size):
             h = row[j] + bias[j]
             row[j] = np.float32(0.0) if h < np.float32(0.0) else h
+
+
+@njit(**HELPER)
+def activate(hidden, output, bias, scale, shift):
+    """Bias and ReLU in place, then the normalisation of it into ``output``."""
+    for i in range(hidden.shape[0]):
+        row, out = hidden[i], output[i]
+        for j in range(bias.size):
+            h = row[j] + bias[j]
+            h = np.float32(0.0) if h < np.float32(0.0) else h
+            row[j] = h
+            out[j] = h * scale[j] + shift[j]
 
 
 @njit(**HELPER)
@@ -118,7 +148,7 @@ def multiply(values, factors):
 
 
 @njit(**HELPER)
-def run_trunk(x, out, trunk, table, scale, shift, here, there):
+def run_trunk(x, out, trunk, table, scale, shift, here, there, limit):
     """The folded trunk, TRUNK_ROWS rows at a time: (n, input_dim) -> (n, feature_dim) in ``out``."""
     for begin in range(0, x.shape[0], TRUNK_ROWS):
         end = min(begin + TRUNK_ROWS, x.shape[0])
@@ -128,11 +158,11 @@ def run_trunk(x, out, trunk, table, scale, shift, here, there):
                     out[i, j] = x[i, j]
             continue
         source = matrix(here, 0, end - begin, table[0, 1])
-        np.dot(x[begin:end], matrix(trunk, table[0, 2], table[0, 0], table[0, 1]), source)
+        product(x[begin:end], matrix(trunk, table[0, 2], table[0, 0], table[0, 1]), source, limit)
         rectify(source, trunk[table[0, 3] : table[0, 3] + table[0, 1]])
         for layer in range(1, table.shape[0]):
             target = matrix(there, 0, end - begin, table[layer, 1])
-            np.dot(source, matrix(trunk, table[layer, 2], table[layer, 0], table[layer, 1]), target)
+            product(source, matrix(trunk, table[layer, 2], table[layer, 0], table[layer, 1]), target, limit)
             rectify(target, trunk[table[layer, 3] : table[layer, 3] + table[layer, 1]])
             here, there = there, here
             source = target
@@ -190,20 +220,29 @@ def gather(target, source, rows, count):
 
 
 @njit(**HELPER)
-def forward(x, w, blocks, mean, inverse, drop, keep, key, step, memory, places, at, first_block):
-    """Hidden blocks from ``first_block`` on, on the rows of x; gives the last one's output. Places of block b in
-    ``at``: hidden, kept, output."""
+def copy_columns(x, blocks, columns):
+    """Copy ``columns`` columns of x after the other, each part contiguous."""
+    at = 0
+    for begin in range(0, x.shape[1], columns):
+        end = min(begin + columns, x.shape[1])
+        for i in range(x.shape[0]):
+            row = x[i, begin:end]
+            for j in range(row.size):
+                blocks[at + j] = row[j]
+            at += row.size
+
+
+@njit(**HELPER)
+def forward(x, w, blocks, mean, inverse, drop, keep, key, step, memory, places, at, limit):
+    """Hidden blocks on the rows of x; gives the last one's output. Places of block b in ``at``: hidden, kept, output."""
     rows = x.shape[0]
     statistics = 0
-    for block in range(first_block):
-        statistics += blocks[block, 1]
-    for block in range(first_block, blocks.shape[0]):
+    for block in range(blocks.shape[0]):
         units = blocks[block, 1]
         hidden = matrix(memory, at[block, 0], rows, units)
-        np.dot(x, matrix(w, blocks[block, 2], blocks[block, 0], units), hidden)
-        rectify(hidden, w[blocks[block, 3] : blocks[block, 3] + units])
+        product(x, matrix(w, blocks[block, 2], blocks[block, 0], units), hidden, limit)
         output = matrix(memory, at[block, 2], rows, units)
-        normalise_block(hidden, output, w, blocks[block], mean, inverse, statistics, memory, places)
+        activate_block(hidden, output, w, blocks[block], mean, inverse, statistics, memory, places)
         drop_out(output, block, drop, keep, key, step, memory, at)
         statistics += units
         x = output
@@ -211,14 +250,14 @@ def forward(x, w, blocks, mean, inverse, drop, keep, key, step, memory, places, 
 
 
 @njit(**HELPER)
-def normalise_block(hidden, output, w, block, mean, inverse, statistics, memory, places):
+def activate_block(hidden, output, w, block, mean, inverse, statistics, memory, places):
     units = block[1]
     scale = memory[places[SLOPE] : places[SLOPE] + units]
     shift = memory[places[SHIFT] : places[SHIFT] + units]
     for j in range(units):
         scale[j] = w[block[4] + j] * inverse[statistics + j]
         shift[j] = w[block[5] + j] - mean[statistics + j] * scale[j]
-    normalise(output, hidden, scale, shift)
+    activate(hidden, output, w[block[3] : block[3] + units], scale, shift)
 
 
 @njit(**HELPER)
@@ -230,9 +269,9 @@ def drop_out(output, block, drop, keep, key, step, memory, at):
 
 
 @njit(**HELPER)
-def backward(x, w, g, blocks, mean, inverse, drop, memory, places, at, rows):
+def backward(x, w, g, blocks, mean, inverse, drop, memory, places, at, limit):
     """Gradients of the hidden blocks into g; what comes down from the heads is in UP."""
-    statistics = mean.size
+    rows, statistics = x.shape[0], mean.size
     here, there = places[UP], places[UP_BACK]
     for block in range(blocks.shape[0] - 1, -1, -1):
         units = blocks[block, 1]
@@ -245,12 +284,25 @@ def backward(x, w, g, blocks, mean, inverse, drop, memory, places, at, rows):
         )
         gradient = matrix(g, blocks[block, 2], blocks[block, 0], units)
         if block == 0:
-            np.dot(x.T, up, gradient)
+            first_gradient(x, up, gradient, memory[places[X_BLOCKS] :], limit)
         else:
             below = matrix(memory, at[block - 1, 2], rows, blocks[block, 0])
             np.dot(below.T, up, gradient)
             np.dot(up, matrix(w, blocks[block, 2], blocks[block, 0], units).T, matrix(memory, there, rows, blocks[block, 0]))
             here, there = there, here
+
+
+@njit(**HELPER)
+def first_gradient(x, up, gradient, parts, limit):
+    """Kernel gradient of the first trained layer, some columns of x at a time as in ``product``."""
+    columns = at_once(x.shape[1], up.size, limit, 16)
+    if columns == x.shape[1]:
+        np.dot(x.T, up, gradient)
+        return
+    copy_columns(x, parts, columns)
+    for begin in range(0, x.shape[1], columns):
+        end = min(begin + columns, x.shape[1])
+        np.dot(matrix(parts, begin * x.shape[0], x.shape[0], end - begin).T, up, gradient[begin:end])
 
 
 @njit(**HELPER)
@@ -286,20 +338,41 @@ def through_rectifier(up, hidden, slope, bias):
 
 
 @njit(**HELPER)
-def softmax(row):
-    """In place; gives the logarithm of the sum and the largest, whose sum is the normaliser in logarithms."""
-    top = row[0]
-    for j in range(1, row.size):
-        top = row[j] if row[j] > top else top
+def in_order(bits):
+    """Integers in the order of the floats whose bits they are; its own inverse."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@njit(**HELPER)
+def largest(row):
+    """Largest number of a row, by integers: a maximum of floats that keeps NaN in mind is not vectorised."""
+    bits = row.view(np.int32)
+    top = in_order(bits[0])
+    for j in range(1, bits.size):
+        one = in_order(bits[j])
+        top = one if one > top else top
+    return np.int32(in_order(top)).view(np.float32)
+
+
+@njit(**HELPER)
+def shift_to_zero(row, bias):
+    """Add the biases, then take off the largest."""
+    for j in range(bias.size):
+        row[j] += bias[j]
+    top = largest(row)
+    for j in range(bias.size):
+        row[j] -= top
+
+
+@njit(**HELPER)
+def exponentials(row):
+    """In place, of numbers that are at most 0; gives the sum."""
     total = np.float32(0.0)
     for j in range(row.size):
-        e = exponential(row[j] - top)
+        e = exponential(row[j])
         row[j] = e
         total += e
-    share = np.float32(1.0) / total
-    for j in range(row.size):
-        row[j] *= share
-    return math.log(total) + top
+    return total
 
 
 @njit(**HELPER)
@@ -308,14 +381,15 @@ def class_rows(logits, first, units, bias, labels, rows, count, factor):
     loss = 0.0
     for i in range(count):
         row = logits[i, first : first + units]
-        for j in range(units):
-            row[j] += bias[j]
+        shift_to_zero(row, bias)
         label = labels[rows[i]]
         own = row[label]
-        loss += softmax(row) - own
-        row[label] -= np.float32(1.0)
+        total = exponentials(row)
+        loss += math.log(total) - own
+        share = factor / total
         for j in range(units):
-            row[j] *= factor
+            row[j] *= share
+        row[label] -= factor
     return loss
 
 
@@ -323,25 +397,36 @@ def class_rows(logits, first, units, bias, labels, rows, count, factor):
 def level_rows(logits, bias, level, score, rows, count, factor):
     """Ordinal loss (``aivo_core.ordinal``), rows beyond ``count`` being the second pass; as ``class_rows``."""
     loss = 0.0
-    one = np.float32(1.0)
     for i in range(logits.shape[0]):
-        row = logits[i]
-        for j in range(LEVELS):
-            row[j] += bias[j]
-        softmax(row)
+        shift_to_zero(logits[i], bias)
+    exponentials(logits.reshape(logits.size))
+    for i in range(logits.shape[0]):
         sample = rows[i] if i < count else rows[i - count]
-        success = np.float32(0.0)
-        for j in range(LEVELS):
-            success += row[j] * allowed(j, level[sample])
-        right = score[sample]
-        chance = LOWEST if success < LOWEST else (HIGHEST if success > HIGHEST else success)
-        loss -= right * math.log(chance) + (one - right) * math.log1p(-chance)
-        slope = (one - right) / (one - chance) - right / chance
-        if success < LOWEST or success > HIGHEST:
-            slope = np.float32(0.0)
-        slope *= factor
-        for j in range(LEVELS):
-            row[j] = row[j] * (allowed(j, level[sample]) - success) * slope
+        loss += level_row(logits[i], level[sample], score[sample], factor)
+    return loss
+
+
+@njit(**HELPER)
+def level_row(row, level, right, factor):
+    """From exponentials to the gradient; gives the loss."""
+    one = np.float32(1.0)
+    total = success = np.float32(0.0)
+    for j in range(LEVELS):
+        total += row[j]
+        success += row[j] * allowed(j, level)
+    success /= total
+    chance = LOWEST if success < LOWEST else (HIGHEST if success > HIGHEST else success)
+    loss = np.float32(0.0)
+    if right > np.float32(0.0):
+        loss -= right * math.log(chance)
+    if right < one:
+        loss -= (one - right) * math.log1p(-chance)
+    slope = (one - right) / (one - chance) - right / chance
+    if success < LOWEST or success > HIGHEST:
+        slope = np.float32(0.0)
+    slope *= factor / total
+    for j in range(LEVELS):
+        row[j] = row[j] * (allowed(j, level) - success) * slope
     return loss
 
 
@@ -369,48 +454,74 @@ def add(values, more):
 
 
 @njit(**HELPER)
-def pull(g, w, anchor, mu):
-    """Add the proximal term's gradient; gives the squared distance from the anchor."""
+def adam_block(w, g, state, size, mu):
+    """One step of Adam, epsilon where Keras has it, on at most STATE_BLOCK weights; gives the squared distance from the
+    anchor before it. Moments and anchor lie a constant apart, so that they count as one array (see above)."""
     distance = np.float32(0.0)
-    for i in range(g.size):
-        d = w[i] - anchor[i]
-        g[i] += mu * d
+    for i in range(w.size):
+        d = w[i] - state[i + 2 * STATE_BLOCK]
         distance += d * d
+        gradient = g[i] + mu * d
+        m = state[i] + (gradient - state[i]) * BETA_1_REST
+        v = state[i + STATE_BLOCK] + (gradient * gradient - state[i + STATE_BLOCK]) * BETA_2_REST
+        state[i] = m
+        state[i + STATE_BLOCK] = v
+        w[i] -= m * size / (math.sqrt(v) + EPSILON)
     return distance
 
 
 @njit(**HELPER)
-def adam_block(w, m, v, g, size):
+def sgd_block(w, g, state, size, mu, momentum):
+    """As ``adam_block``, by gradient descent with momentum."""
+    distance = np.float32(0.0)
     for i in range(w.size):
-        m[i] += (g[i] - m[i]) * BETA_1_REST
-        v[i] += (g[i] * g[i] - v[i]) * BETA_2_REST
-        w[i] -= m[i] * size / (math.sqrt(v[i]) + EPSILON)
+        d = w[i] - state[i + 2 * STATE_BLOCK]
+        distance += d * d
+        m = state[i] * momentum - (g[i] + mu * d) * size
+        state[i] = m
+        w[i] += m
+    return distance
 
 
 @njit(**HELPER)
-def sgd_block(w, m, g, size, momentum):
-    for i in range(w.size):
-        m[i] = m[i] * momentum - g[i] * size
-        w[i] += m[i]
-
-
-@njit(**HELPER)
-def update(w, g, m, v, anchor, size, mu, momentum, adam):
-    """One optimiser step, block by block so that each is read from memory once; the proximal term before it."""
+def update(w, g, state, size, mu, momentum, adam):
+    """One optimiser step; gives the proximal term before it."""
     distance = 0.0
-    for begin in range(0, w.size, UPDATE_BLOCK):
-        end = min(begin + UPDATE_BLOCK, w.size)
-        if mu > np.float32(0.0):
-            distance += pull(g[begin:end], w[begin:end], anchor[begin:end], mu)
+    for begin in range(0, w.size, STATE_BLOCK):
+        end = min(begin + STATE_BLOCK, w.size)
+        own = state[3 * begin : 3 * (begin + STATE_BLOCK)]
         if adam:
-            adam_block(w[begin:end], m[begin:end], v[begin:end], g[begin:end], size)
+            distance += adam_block(w[begin:end], g[begin:end], own, size, mu)
         else:
-            sgd_block(w[begin:end], m[begin:end], g[begin:end], size, momentum)
-    return 0.5 * mu * distance
+            distance += sgd_block(w[begin:end], g[begin:end], own, size, mu, momentum)
+    return 0.5 * mu * distance if mu > np.float32(0.0) else 0.0
 
 
 @njit(**HELPER)
-def heads_step(hidden, rows, count, content, path, level, score, heads, width, start, w, g, memory, places, product):
+def fresh_state(state, anchor):
+    """Moments of zero, and the anchor in its places."""
+    for i in range(state.size):
+        state[i] = np.float32(0.0)
+    for begin in range(0, anchor.size, STATE_BLOCK):
+        part = anchor[begin : begin + STATE_BLOCK]
+        own = state[3 * begin + 2 * STATE_BLOCK :]
+        for i in range(part.size):
+            own[i] = part[i]
+
+
+@njit(**HELPER)
+def adam_small(w, g, moments, size):
+    """Adam on a few weights without an anchor; ``moments`` has both."""
+    for i in range(w.size):
+        m = moments[i] + (g[i] - moments[i]) * BETA_1_REST
+        v = moments[w.size + i] + (g[i] * g[i] - moments[w.size + i]) * BETA_2_REST
+        moments[i] = m
+        moments[w.size + i] = v
+        w[i] -= m * size / (math.sqrt(v) + EPSILON)
+
+
+@njit(**HELPER)
+def heads_step(hidden, rows, count, content, path, level, score, heads, width, start, w, g, memory, places, both_passes):
     """Losses of the three heads over a batch, their gradients into g, what goes down into UP; the mean objective."""
     wide = heads[0, 0] + heads[1, 0]
     class_bias, level_kernel = start + width * wide, start + (width + 1) * wide
@@ -427,7 +538,7 @@ def heads_step(hidden, rows, count, content, path, level, score, heads, width, s
 
     both = matrix(memory, places[LEVEL_LOGITS], hidden.shape[0], LEVELS)
     np.dot(hidden, matrix(w, level_kernel, width, LEVELS), both)
-    if product:
+    if both_passes:
         half = np.float32(0.5)
         loss += 0.5 * level_rows(both, w[level_bias : level_bias + LEVELS], level, score, rows, count, half * share)
     else:
@@ -448,7 +559,7 @@ def train_learner(
     trunk, trunk_table, feature_scale, feature_shift, blocks, heads, mean, inverse, drop, keep,
     first, second, content, path, level, score, start_tail, anchor_tail,
     index, counts, sizes, key, bias_index, bias_counts, bias_sizes, bias_key,
-    mu, momentum, adam, product,
+    mu, momentum, adam, both_passes, limit,
     memory, places, at, tail, after_tail_pass, losses, bias_losses,
 ):  # fmt: skip
     """Both passes of one learner; ``compiled_kernel`` says what the arguments are. Results go into the last four."""
@@ -459,33 +570,31 @@ def train_learner(
     for head in range(1, 3):
         start = min(start, heads[head, 1])
     w, g = memory[places[W] : places[W] + size], memory[places[G] : places[G] + size]
-    m, v = memory[places[M] : places[M] + size], memory[places[V] : places[V] + size]
-    anchor = memory[places[ANCHOR] : places[ANCHOR] + size]
+    state = memory[places[STATE] : places[FIRST]]
     pack(start_tail, w, heads, width, start)
-    pack(anchor_tail, anchor, heads, width, start)
-    for i in range(size):
-        m[i] = v[i] = np.float32(0.0)
+    pack(anchor_tail, g, heads, width, start)
+    fresh_state(state, g)
 
     one, two = matrix(memory, places[FIRST], samples, features), matrix(memory, places[SECOND], samples, features)
     here, there = memory[places[BLOCKS] :], memory[places[BLOCKS] + (places[PLACES] - places[BLOCKS]) // 2 :]
     if counts.size > 0:
-        run_trunk(first, one, trunk, trunk_table, feature_scale, feature_shift, here, there)
-    if product or bias_counts.size > 0:
-        run_trunk(second, two, trunk, trunk_table, feature_scale, feature_shift, here, there)
+        run_trunk(first, one, trunk, trunk_table, feature_scale, feature_shift, here, there, limit)
+    if both_passes or bias_counts.size > 0:
+        run_trunk(second, two, trunk, trunk_table, feature_scale, feature_shift, here, there, limit)
 
     for step in range(counts.size):
         count = counts[step]
-        rows = 2 * count if product else count
+        rows = 2 * count if both_passes else count
         x = matrix(memory, places[X], rows, features)
         gather(x[:count], one, index[step], count)
-        if product:
+        if both_passes:
             gather(x[count:], two, index[step], count)
-        hidden = forward(x, w, blocks, mean, inverse, drop, keep, key, step, memory, places, at, 0)
+        hidden = forward(x, w, blocks, mean, inverse, drop, keep, key, step, memory, places, at, limit)
         loss = heads_step(
-            hidden, index[step], count, content, path, level, score, heads, width, start, w, g, memory, places, product
+            hidden, index[step], count, content, path, level, score, heads, width, start, w, g, memory, places, both_passes
         )
-        backward(x, w, g, blocks, mean, inverse, drop, memory, places, at, rows)
-        loss += update(w, g, m, v, anchor, sizes[step], mu, momentum, adam)
+        backward(x, w, g, blocks, mean, inverse, drop, memory, places, at, limit)
+        loss += update(w, g, state, sizes[step], mu, momentum, adam)
         losses[step] = loss
     unpack(w, after_tail_pass, heads, width, start)
 
@@ -493,20 +602,20 @@ def train_learner(
     level_kernel = start + (width + 1) * wide
     level_bias = level_kernel + width * LEVELS
     bias, slope = w[level_bias : level_bias + LEVELS], g[:LEVELS]
-    bias_m, bias_v = m[:LEVELS], v[:LEVELS]
-    for j in range(LEVELS):
-        bias_m[j] = bias_v[j] = np.float32(0.0)
+    moments = state[: 2 * LEVELS]
+    for j in range(2 * LEVELS):
+        moments[j] = np.float32(0.0)
     for step in range(bias_counts.size):
         count = bias_counts[step]
         x = matrix(memory, places[X], count, features)
         gather(x, two, bias_index[step], count)
-        hidden = forward(x, w, blocks, mean, inverse, drop, keep, bias_key, step, memory, places, at, 0)
+        hidden = forward(x, w, blocks, mean, inverse, drop, keep, bias_key, step, memory, places, at, limit)
         logits = matrix(memory, places[LEVEL_LOGITS], count, LEVELS)
         np.dot(hidden, matrix(w, level_kernel, width, LEVELS), logits)
         share = np.float32(1.0) / np.float32(count)
         bias_losses[step] = level_rows(logits, bias, level, score, bias_index[step], count, share) / count
         sum_rows(logits, slope)
-        adam_block(bias, bias_m, bias_v, slope, bias_sizes[step])
+        adam_small(bias, slope, moments, bias_sizes[step])
     unpack(w, tail, heads, width, start)
 
 
@@ -523,7 +632,7 @@ SIGNATURE = types.void(
     _FLOATS, _TABLE, _FLOATS, _FLOATS, _TABLE, _TABLE, _FLOATS, _FLOATS, _given(types.uint64, 1), _FLOATS,
     _ROWS, _ROWS, _INTS, _INTS, _FLOATS, _FLOATS, _FLOATS, _FLOATS,
     _INDEX, _INTS, _FLOATS, types.uint64, _INDEX, _INTS, _FLOATS, types.uint64,
-    types.float32, types.float32, types.boolean, types.boolean,
+    types.float32, types.float32, types.boolean, types.boolean, types.int64,
     _MADE, _INTS, _TABLE, _MADE, _MADE, _MADE, _MADE,
 )  # fmt: skip
 

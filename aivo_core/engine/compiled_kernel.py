@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from aivo_core.engine import compiled
+from aivo_core.engine import blas, compiled
 from aivo_core.engine.backends import FLOAT_BYTES, Trainer
 from aivo_core.engine.contract import LearnerTask, LocalTrainingConfig
 from aivo_core.engine.generator import drop_threshold, kept_scale
@@ -84,8 +84,9 @@ def _memory(layout: TailLayout, trunk_width: int, batch_size: int, samples: int)
     widest = max([layout.hidden_dim, *(block.units for block in layout.blocks)])
     wide = layout.content.units + layout.path.units
     units = [block.units for block in layout.blocks]
-    sizes = [layout.size] * 5 + [samples * layout.feature_dim] * 2
-    sizes += [rows * layout.feature_dim, rows * wide, rows * layout.difficulty.units]
+    state = 3 * compiled.STATE_BLOCK * -(-layout.size // compiled.STATE_BLOCK)
+    sizes = [layout.size, layout.size, state, *[samples * layout.feature_dim] * 2]
+    sizes += [*[rows * layout.feature_dim] * 2, rows * wide, rows * layout.difficulty.units]
     sizes += [rows * widest] * 3 + [widest] * 2
     at_starts = _starts([rows * n for n in units for _ in range(3)])
     trunk = 2 * _aligned(min(samples, compiled.TRUNK_ROWS) * trunk_width)
@@ -109,6 +110,7 @@ class _CompiledTrainer:
         self._function = function
         self._config = config
         self._product = objective == PRODUCT
+        self._small_product = blas.small_product()
         self._layout = base.layout
         self._base = _base_arguments(base, dropout=config.dropout)
         self._trunk_width = max([base.trunk.units, *(layer.kernel.shape[1] for layer in base.trunk.layers)])
@@ -133,6 +135,7 @@ class _CompiledTrainer:
             np.float32(config.momentum),
             config.optimiser == "adam",
             self._product,
+            self._small_product,
             self._working_memory(memory.size, len(samples)),
             memory.places,
             memory.at,

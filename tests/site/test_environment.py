@@ -42,6 +42,21 @@ def test_yes_has_several_spellings(elsewhere: Path, monkeypatch: pytest.MonkeyPa
     assert read_environment().use_federated_learning is True
 
 
+@pytest.mark.parametrize(("text", "expected"), [("", None), (" 3 ", 3), ("1024", 1024)])
+def test_the_engines_threads_are_a_number_or_the_machines_cores(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: int | None
+) -> None:
+    monkeypatch.setenv("AIVO_ENGINE_THREADS", text)
+    assert read_environment().engine_threads == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "1025", "9" * 40, "²"])
+def test_an_impossible_number_of_threads_stops_the_start(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("AIVO_ENGINE_THREADS", text)
+    with pytest.raises(ImproperlyConfigured, match="AIVO_ENGINE_THREADS"):
+        read_environment()
+
+
 @pytest.mark.parametrize("name", ["USE_FEDERATED_LEARNING", "DEBUG", "HTTPS"])
 @pytest.mark.parametrize("text", ["ture", "2", '"true', "enabled"])
 def test_a_misspelt_boolean_stops_the_start(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
