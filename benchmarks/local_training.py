@@ -39,6 +39,7 @@ ENGINES: Mapping[str, tuple[str, ...]] = {
     "first_pass": ("naive_keras", "keras_resident_fit", "keras_resident", "numpy", "cohort"),
     "product": ("naive_keras", "keras_resident", "numpy", "cohort"),
 }
+SLOW = ("naive_keras", "keras_resident_fit")
 COHORT_BACKENDS = {"numpy": "numpy", "cohort": "numba"}
 COHORT_OBJECTIVES = {"first_pass": "first_pass_cross_entropy", "product": "product"}
 
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES["first_pass"], default=list(ENGINES["first_pass"]))
     parser.add_argument("--threads", type=int, nargs="+", help="numbers of threads (all cores; with --full also one)")
     parser.add_argument("--dropout", nargs="+", choices=("on", "off"), help="(on; with --full both)")
-    parser.add_argument("--naive-learners", type=int, default=NAIVE_LEARNERS, help="learners of naive_keras, one run")
+    parser.add_argument("--naive-learners", type=int, default=NAIVE_LEARNERS, help=f"learners of {' and '.join(SLOW)}")
     parser.add_argument("--cold", action=argparse.BooleanOptionalAction, default=True, help="measure cold starts, 25 s")
     parser.add_argument("--growth", type=int, nargs="*", help="learners of the growth table (100, 200; --full: 100, 1000, 10000)")
 
@@ -134,8 +135,8 @@ def _setting(
 
 
 def _amount(engine: str, learners: int, options: argparse.Namespace) -> tuple[int, int]:
-    """Learners per run, and runs."""
-    return (options.naive_learners, 1) if engine == "naive_keras" else (learners, options.repeats)
+    """Learners per run, and runs; the slow ones are timed learner by learner, in one run."""
+    return (options.naive_learners, 1) if engine in SLOW else (learners, options.repeats)
 
 
 def _startup(repeats: int, cold: bool) -> dict[str, Any]:
