@@ -29,7 +29,6 @@ SMALLEST = {
     "cloning": Smallest(
         "--learners 5", frozenset({"medians", "ms_each", "learners_per_second", "learners_per_cpu_second", "keras_over_product"})
     ),
-    "aggregation": Smallest("--deltas 20", frozenset({"sizes", "microseconds_per_delta"})),
     "serving": Smallest(
         "--learners 30 --calls 50", frozenset({"service", "keras", "predict_over_service", "batch_over_memory_pass"})
     ),
