@@ -32,6 +32,7 @@ SMALLEST = {
     "serving": Smallest(
         "--learners 30 --calls 50", frozenset({"service", "keras", "predict_over_service", "batch_over_memory_pass"})
     ),
+    "encoding": Smallest("--learners 5", frozenset({"bulk", "histories", "database", "needed_rows_per_second"})),
     "main_training": Smallest("--samples 300 --epochs 2", frozenset({"medians", "settings", "hundred_epochs_s"})),
     "keras_memory": Smallest(
         "--learners 3 --warm-up 1 --samples 20", frozenset({"rss_slope_mb_per_learner", "learners_per_cpu_second"})
