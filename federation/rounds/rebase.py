@@ -143,9 +143,9 @@ def choose_lambda(
     Raises:
         EvaluationError: a loss is not finite.
     """
-    held_out = _held_out_losses(evidence)
-    if held_out is not None:
-        return _best(held_out, int(evidence["held_out_samples"]), HELD_OUT)
+    known = _held_out_choice(evidence)
+    if known is not None:
+        return known
     chosen_on = latest_fifth(samples)
     if not len(chosen_on):
         return Choice(1.0, {}, 0)
@@ -182,12 +182,13 @@ def is_applied(model: PersonalizedModel) -> bool:
     )
 
 
-def _held_out_losses(evidence: Mapping[str, Any]) -> dict[float, float] | None:
-    """Total loss by lambda that the learner's last session measured; None where it measured none."""
+def _held_out_choice(evidence: Mapping[str, Any]) -> Choice | None:
+    """The lambda by the losses that the learner's last session measured; None where it measured none."""
     kept = evidence.get("losses") or {}
     if not evidence.get("held_out_samples") or any(f"{factor:g}" not in kept for factor in LAMBDAS):
         return None
-    return {factor: float(kept[f"{factor:g}"]["total"]) for factor in LAMBDAS}
+    losses = {factor: float(kept[f"{factor:g}"]["total"]) for factor in LAMBDAS}
+    return _best(losses, int(evidence["held_out_samples"]), HELD_OUT)
 
 
 def _best(losses: Mapping[float, float], samples: int, basis: str) -> Choice:
@@ -279,13 +280,7 @@ def _rebase_model(model: PersonalizedModel, bases: _Bases, report: RebaseReport)
         base = clones.base_of(model)
         new = bases.new.with_freeze_layers(base.spec.freeze_layers)
         tail = store.read_tail(model=model, spec=base.spec)
-        # One learner at a time: an event that cannot be encoded stops nobody else's rebase.
-        samples = samples_of(model.learner, new)
-        choice = (
-            Choice(1.0, {}, 0, HELD_OUT)
-            if is_applied(model)
-            else choose_lambda(new, old_tail=base.tail, tail=tail, samples=samples, evidence=model.serving_evidence)
-        )
+        choice = _choice_of(model, new, old_tail=base.tail, tail=tail)
         moved = moved_tail(new, base.tail, tail, choice.factor)
         stored = store.write_tail(learner_id=model.learner.learner_id, number=model.version + 1, spec=new.spec, tail=moved)
     except StoreError as error:
@@ -303,6 +298,21 @@ def _rebase_model(model: PersonalizedModel, bases: _Bases, report: RebaseReport)
     report.by_lambda[f"{choice.factor:g}"] += 1
     if not bases.is_ancestor(source):
         report.off_chain[old.version] += 1
+
+
+def _choice_of(model: PersonalizedModel, new: LoadedVersion, *, old_tail: FloatArray, tail: FloatArray) -> Choice:
+    """The model's lambda; the learner's events are read only where nothing held out has decided already.
+
+    Raises:
+        EncodingError: an event that cannot be encoded; it stops nobody else's rebase. EvaluationError: as ``choose_lambda``.
+    """
+    if is_applied(model):
+        return Choice(1.0, {}, 0, HELD_OUT)
+    known = _held_out_choice(model.serving_evidence)
+    if known is not None:
+        return known
+    samples = samples_of(model.learner, new)
+    return choose_lambda(new, old_tail=old_tail, tail=tail, samples=samples, evidence=model.serving_evidence)
 
 
 def _finish(
