@@ -93,7 +93,11 @@ def serve(folder: str, calls: int, repeats: int) -> dict[str, Any]:
     first = time.perf_counter()
     cold = [_seconds(lambda learner_id=learner_id: recommend(learner_id)) for learner_id in ids[1:]]
     rng = np.random.default_rng(0)
-    warm = [_seconds(lambda learner_id=ids[index]: recommend(learner_id)) for index in rng.integers(0, len(ids), calls)]
+    warm, warm_cpu = [], []
+    for index in rng.integers(0, len(ids), calls):
+        cpu = time.thread_time()
+        warm.append(_seconds(lambda learner_id=ids[index]: recommend(learner_id)))
+        warm_cpu.append(time.thread_time() - cpu)
     batch = measure(lambda: recommend_many(ids), repeats=repeats)
     cold_batch = measure(lambda: recommend_many(ids), repeats=repeats, before=clear_serving_cache)
     answers = recommend_many(ids)
@@ -106,6 +110,7 @@ def serve(folder: str, calls: int, repeats: int) -> dict[str, Any]:
         "first_call_ms": rounded(1000 * (first - opened)),
         "cold": _quantiles(cold),
         "warm": _quantiles(warm),
+        "warm_cpu": _quantiles(warm_cpu),
         "batch_us_each": rounded(1e6 * batch.wall / len(ids)),
         "cold_batch_us_each": rounded(1e6 * cold_batch.wall / len(ids)),
     }
@@ -200,6 +205,7 @@ def _tables(figures: dict[str, Any]) -> list[Table]:
         (name, found["p50_us"], found["p99_us"], ratio(found["p50_us"], warm))
         for name, found in (
             ("service, warm", service["warm"]),
+            ("service, warm, CPU time of the thread", service["warm_cpu"]),
             ("service, learner not in memory", service["cold"]),
             ("model.predict, one row, one pass", keras["predict"]),
             ("tf.function, one row, one pass", keras["tf_function"]),
