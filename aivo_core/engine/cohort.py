@@ -136,7 +136,7 @@ class CohortEngine:
         with ThreadPoolExecutor(self.threads, thread_name_prefix="aivo-engine") as pool:
             try:
                 for task in tasks:
-                    cost = bill.of(len(task.samples))
+                    cost = 0 if self._memory_limit is None else bill.of(len(task.samples))
                     while pending and not self._fits(pending, cost):
                         yield pending.popleft()[1].result()
                     refused = self._too_large(bill, run, task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numba
@@ -45,9 +46,16 @@ class CompiledKernel:
             self._function = compiled.dispatcher(cache=False)
 
     def is_cached(self) -> bool:
-        """Whether ``compile`` only loads a file."""
-        cache_file = getattr(self._function._cache, "_cache_file", None)
-        return cache_file is not None and bool(cache_file._load_index())
+        """Whether ``compile`` only loads a file: one made from this source, by this Numba, for this processor.
+
+        Numba does not say so in public; a version that keeps its cache in another way is taken to have none yet, and loads
+        in the background.
+        """
+        cache, context = self._function._cache, self._function.targetctx
+        key_of, file = getattr(cache, "_index_key", None), getattr(cache, "_cache_file", None)
+        if key_of is None or file is None or not hasattr(file, "_load_index"):
+            return False
+        return key_of(compiled.SIGNATURE, context.codegen()) in file._load_index()
 
     def compile(self) -> None:
         """Load the compiled function from the cache, or compile and cache it (seconds)."""
@@ -79,6 +87,7 @@ class _Memory:
         return int(self.places[-1])
 
 
+@lru_cache(maxsize=512)
 def _memory(layout: TailLayout, trunk_width: int, batch_size: int, samples: int) -> _Memory:
     rows = 2 * min(batch_size, samples)
     widest = max([layout.hidden_dim, *(block.units for block in layout.blocks)])

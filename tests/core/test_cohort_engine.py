@@ -327,7 +327,7 @@ def test_memory_does_not_grow_with_the_number_of_learners(backend: str) -> None:
             results = engine.train(spec=TINY, weights=WEIGHTS, config=config, tasks=tasks)
             for number, result in enumerate(results):
                 assert not result.error_code
-                if number % 50 == 0:
+                if number % 100 == 0:
                     gc.collect()  # what waits for the collector is no growth
             return tracemalloc.get_traced_memory()[1]
         finally:
