@@ -5,13 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from django.core.files.storage import storages
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 from hypothesis import given
 from hypothesis import strategies as st
 
 from federation.rounds import rebase, service
 from federation.rounds.errors import RoundSkipped, RoundStopped
 from federation.rounds.own_samples import samples_of
-from learners.models import Learner
+from learners.models import Interaction, Learner
 from models_store import store
 from models_store.evaluation import learner_losses
 from models_store.forecasting import forecast
@@ -96,6 +98,15 @@ def test_what_the_tail_had_not_seen_when_the_blend_was_chosen_chooses_lambda_too
         assert model.serving_choice == ("BLEND" if blend else "MAIN")
     service.roll_back(version=None, reason="worse", actor="steward")
     assert {model.metadata["rebases"][-1]["lambda"] for model in PersonalizedModel.objects.all()} == {1.0}  # not applied twice
+
+
+def test_where_held_out_losses_choose_nobody_s_events_are_read(promoted: World) -> None:
+    losses = {factor: {"total": value} for factor, value in {"0": 3.0, "0.5": 2.8, "1": 3.2}.items()}
+    PersonalizedModel.objects.update(serving_evidence={"held_out_samples": 7, "losses": losses})
+    with CaptureQueriesContext(connection) as queries:
+        report = rebase.rebase_models(target=active_version())
+    assert report.by_lambda == {"0.5": 6}
+    assert not [query["sql"] for query in queries if Interaction._meta.db_table in query["sql"]]
 
 
 def test_what_evaluates_never_chooses_lambda(promoted: World) -> None:
