@@ -21,7 +21,7 @@ from aivo_site.jobs import lease, queueing, services, shards
 from aivo_site.jobs.context import JobContext
 from aivo_site.jobs.errors import BadParams
 from aivo_site.jobs.lease import Ending
-from aivo_site.jobs.models import Job, JobState, Queue, WorkerHeartbeat
+from aivo_site.jobs.models import Job, JobState, Queue, ShardState, WorkerHeartbeat
 from aivo_site.jobs.registry import ShardHandler, get_kind
 from aivo_site.jobs.shards import ShardPlan, Steps
 from aivo_site.jobs.workers import PULSE_SECONDS
@@ -64,7 +64,8 @@ def do_in_shards(
         if job is None or len(plans) < 2:
             return shards.work_alone(plans=plans, handler=handler, should_stop=should_stop, progress=progress)
         planned = shards.plan(parent=job, phase=phase, plans=plans)
-    with helped(parent=job, phase=phase, shard_count=len(planned)) as helpers:
+    left = sum(shard.state != ShardState.DONE for shard in planned)
+    with helped(parent=job, phase=phase, shard_count=left) as helpers:
 
         def looked_after() -> bool:
             helpers.nudge()
@@ -76,13 +77,18 @@ def do_in_shards(
 
 @contextmanager
 def helped(*, parent: Job, phase: str, shard_count: int) -> Iterator[Helpers]:
-    """Within, other living workers are asked to help; those that have not begun at the end are taken back."""
+    """Within, other living workers are asked to help with so many shards; those that have not begun at the end are taken back.
+
+    Not where this run is interrupted: its job runs again, and until then they are all the more welcome.
+    """
     wanted = min(shard_count - 1, MAX_HELPERS, other_workers(parent))
     helpers = Helpers([_ask(parent, phase, number) for number in range(1, wanted + 1)])
     try:
         yield helpers
-    finally:
+    except Exception:
         helpers.take_back()
+        raise
+    helpers.take_back()
 
 
 class Helpers:

@@ -388,6 +388,28 @@ def test_as_many_helpers_are_asked_as_there_are_others_who_can_help(queue: str, 
     assert set(Job.objects.filter(kind=HELPER).values_list("state", "error_code")) <= {(JobState.SKIPPED, "nothing_left")}
 
 
+@pytest.mark.parametrize(("error", "state"), [(DomainError("refused"), JobState.SKIPPED), (Interrupted(), JobState.QUEUED)])
+def test_helpers_are_taken_back_when_the_work_fails_and_stay_when_it_is_only_interrupted(
+    error: BaseException, state: JobState
+) -> None:
+    living_worker(1)
+    living_worker(2)
+    with pytest.raises(type(error)), shard_helpers.helped(parent=running(), phase=PHASE, shard_count=9):
+        raise error
+    assert Job.objects.get(kind=HELPER).state == state
+
+
+def test_nobody_is_asked_to_help_with_what_is_done() -> None:
+    living_worker(1)
+    living_worker(2)
+    parent = running()
+    planned(parent)
+    work(parent, parent)
+    found = shard_helpers.do_in_shards(job=parent, phase=PHASE, make=list, handler=number_of, should_stop=never)
+    assert found == [{"number": n} for n in range(4)]
+    assert not Job.objects.filter(kind=HELPER).exists()
+
+
 def test_with_no_other_worker_nobody_is_asked() -> None:
     living_worker(1)
     with shard_helpers.helped(parent=running(), phase=PHASE, shard_count=100):
