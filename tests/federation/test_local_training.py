@@ -97,6 +97,26 @@ def test_a_trained_learner_has_a_new_tail_a_session_and_its_delta(engine: Shrink
     assert session.metadata["tail_sha256"] == model.weights_sha256
 
 
+@pytest.mark.parametrize("name", ["cohort", "keras"])
+def test_a_session_says_which_engine_and_backend_made_its_result(name: str) -> None:
+    made = world(learners=2)
+    report = train(policy=RoundPolicy(engine=name, min_samples=5))
+    sessions = ModelTrainingSession.objects.all()
+    assert (report.trained, report.engine) == (2, name)
+    assert {session.engine for session in sessions} == {name}
+    assert {session.backend for session in sessions} == set(report.backend.split(", "))
+    library = report.backend.split()[0]
+    assert library == "tensorflow" if name == "keras" else library in ("numba", "numpy")
+    assert all(made.model(i).version == 2 for i in range(2))
+
+
+def test_a_report_names_every_backend_that_computed() -> None:
+    report = TrainingReport(engine="cohort")
+    for backend in ("numpy 2", "numpy 2", "numba 0.6", "numpy 2"):
+        report.computed_by(backend)
+    assert report.backend == "numpy 2, numba 0.6"
+
+
 def test_the_old_tail_file_stays_and_nothing_is_missing_or_damaged(engine: ShrinkingEngine) -> None:
     made = world(learners=2)
     before = made.model(0)
