@@ -9,7 +9,17 @@ import sys
 
 from benchmarks.harness import ROOT
 
-MODULES = ("local_training", "whole_round", "aggregation", "cloning", "serving", "encoding", "main_training", "keras_memory")
+MODULES = (
+    "local_training",
+    "whole_round",
+    "shared_round",
+    "aggregation",
+    "cloning",
+    "serving",
+    "encoding",
+    "main_training",
+    "keras_memory",
+)
 
 
 def main() -> None:

@@ -36,17 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Report:
     learners = options.learners or (1000 if options.full else 320)
     with installation.temporary(installation.Size(federated=learners)) as folder:
-        arguments = {"folder": folder, "numbers": [1, options.workers], "repeats": max(2, options.repeats)}
+        arguments = {"folder": folder, "numbers": [1, options.workers], "repeats": options.repeats}
         found: dict[str, list[dict[str, Any]]] = in_child("benchmarks.shared_round:rounds", arguments).result
     medians = {
         number: {name: rounded(statistics.median(run[name] for run in runs)) for name in ("wall_s", *PHASES)}
         for number, runs in found.items()
     }
     one, several = medians["1"], medians[str(options.workers)]
-    rows = [
-        (name, one[name], several[name], ratio(one[name], several[name]) if several[name] else None)
-        for name in ("wall_s", *PHASES)
-    ]
+    rows = [(name, one[name], several[name], _times_as_fast(one[name], several[name])) for name in ("wall_s", *PHASES)]
     helped = [run["helped_share"] for run in found[str(options.workers)]]
     return Report(
         figures={
@@ -54,8 +51,8 @@ def run(options: argparse.Namespace) -> Report:
             "cores": usable_cores(),
             "workers": options.workers,
             "medians": medians,
-            "times_as_fast": ratio(one["wall_s"], several["wall_s"]),
-            "training_times_as_fast": ratio(one["train"], several["train"]),
+            "times_as_fast": _times_as_fast(one["wall_s"], several["wall_s"]),
+            "training_times_as_fast": _times_as_fast(one["train"], several["train"]),
             "helped_share": rounded(statistics.median(helped)),
         },
         tables=[
@@ -64,6 +61,11 @@ def run(options: argparse.Namespace) -> Report:
         notes=[f"Of the learners, {statistics.median(helped):.0%} were trained by helpers."],
         packages=("django", "numpy"),
     )
+
+
+def _times_as_fast(one: float, several: float) -> float | None:
+    """None where there was too little to be cut into shards."""
+    return ratio(one, several) if one and several else None
 
 
 # --- In the child process -------------------------------------------------------------------------------------------------

@@ -45,6 +45,9 @@ SMALLEST = {
         "--learners 20 --engine cohort",
         frozenset({"medians", "steps", "shares", "states", "personal_training", "rebase", "peak_rss_mb"}),
     ),
+    "shared_round": Smallest(
+        "--learners 20", frozenset({"medians", "workers", "times_as_fast", "training_times_as_fast", "helped_share"})
+    ),
 }
 
 
