@@ -1,6 +1,6 @@
 """Training reports as the results of shards, and put together again: exactly, and small enough for a row.
 
-The losses of 128 learners take some 45 kB: eight float64 numbers for each learner and model, in base 64.
+The losses of 64 learners take some 22 kB: eight float64 numbers for each learner and model, in base 64.
 """
 
 from __future__ import annotations

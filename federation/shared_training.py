@@ -26,7 +26,7 @@ from federation.training_run import BLOCK, Progress, TrainingRun
 
 PHASE = "learners"
 
-TRAINED_TOGETHER = 2 * BLOCK
+TRAINED_TOGETHER = BLOCK
 """Learners in a shard."""
 
 

@@ -33,7 +33,7 @@ MAX_HELPERS = 15
 _LOOK_SECONDS = 1.0
 _NUDGES = 30
 _SENT_AGAIN = 2
-"""How often a helper's message is sent again where the broker cannot be looked into: a busy cluster holds two at most."""
+"""How often a helper's message is sent again: a busy cluster holds two at most."""
 
 
 def do_in_shards(
@@ -196,13 +196,19 @@ def other_workers(parent: Job) -> int:
 
 
 def _ask(parent: Job, phase: str, number: int) -> Job:
-    """Enqueue one helper; a parent that runs again asks anew."""
-    return services.enqueue(
+    """Enqueue one helper; a parent that runs again asks anew.
+
+    Its message is sent more often than a busy cluster holds messages, so that an idle one finds it at its next look.
+    """
+    job = services.enqueue(
         kind=HELPER_KIND,
         params={"parent": parent.id, "phase": phase},
         requested_by=parent.requested_by,
         idempotency_key=f"shards:{parent.id}:{phase}:{parent.starts}:{number}",
     )
+    for _again in range(_SENT_AGAIN):
+        queueing.send(job)
+    return job
 
 
 def _asked_for(params: Mapping[str, Any]) -> tuple[Job, str]:

@@ -34,7 +34,7 @@ AGGREGATION_KIND = "run_federated_aggregation"
 TRAIN, INTAKE, QUALITY, AGGREGATE = "train", "intake", "quality", "aggregate"
 """Names of the phases, as the job's kind has handlers for them."""
 
-TRAINED_TOGETHER = 2 * BLOCK
+TRAINED_TOGETHER = BLOCK
 """Learners in a shard whose contributions are trained: small enough that workers end at about the same time."""
 
 READ_TOGETHER = 8 * BLOCK
