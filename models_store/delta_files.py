@@ -1,11 +1,16 @@
 """Reading deltas by the thousand: one buffer for all of them, one header checked once, and parts of verified files.
 
-Each file is read whole, its checksum and its numbers are verified, before anything of it is used. Files of one network
-have one header to the byte, which is parsed for the first and compared for the others.
+Each file is read whole, its checksum and its numbers are verified, before anything of it is used. A checksum costs more than
+reading and summing together, so a process that has verified a file does not sum it again while the file system says that it
+is the same file and unchanged: a round reads each delta at intake and again when it aggregates. Files of one network have one
+header to the byte, which is parsed for the first and compared for the others.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +44,50 @@ class VerifiedDelta:
     data_start: int | None
 
 
+REMEMBERED = 20_000
+"""Files that a process knows to be sound, some 400 bytes each."""
+
+SETTLED_NANOSECONDS = 100_000_000
+"""A file that changed less than this before it was read could change again within the file system's own clock tick, unseen."""
+
+
+class SoundFiles:
+    """Which files this process has read whole and found to have their checksum; safe in several threads."""
+
+    def __init__(self, most: int = REMEMBERED) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._found: OrderedDict[DeltaFile, FileIdentity] = OrderedDict()
+
+    def identity(self, file: DeltaFile) -> FileIdentity | None:
+        """Which file it was; None if it has to be verified."""
+        with self._lock:
+            return self._found.get(file)
+
+    def remember(self, file: DeltaFile, identity: FileIdentity | None, *, read_at: int) -> None:
+        """Note a file that was verified.
+
+        Args:
+            read_at: nanoseconds since the epoch, taken before the file was opened.
+        """
+        if identity is None or read_at - max(identity[3:]) < SETTLED_NANOSECONDS:
+            return
+        with self._lock:
+            self._found[file] = identity
+            self._found.move_to_end(file)
+            while len(self._found) > self._most:
+                self._found.popitem(last=False)
+
+    def forget(self) -> None:
+        """Verify everything anew from now on."""
+        with self._lock:
+            self._found.clear()
+
+
+sound_files = SoundFiles()
+"""Of this process."""
+
+
 class DeltaReader:
     """Reads deltas one after the other into one buffer; for one thread.
 
@@ -69,7 +118,7 @@ class DeltaReader:
         return VerifiedDelta(file, identity, None if layout is None else len(layout.head))
 
     def _read(self, file: DeltaFile) -> tuple[FloatArray, FileIdentity | None, FlatLayout | None]:
-        data, identity = read_file_into(alias=LEARNER_MODELS, path=file.path, sha256=file.sha256, buffer=self._buffer)
+        data, identity = self._bytes(file)
         try:
             layout = self._layout
             if layout is None or not layout.fits(data):
@@ -80,6 +129,16 @@ class DeltaReader:
             return layout.view(data), identity, layout
         except TensorFileError as error:
             raise StoreError(f"the file {file.path} cannot be used: {error}", code="bad_file") from error
+
+    def _bytes(self, file: DeltaFile) -> tuple[memoryview, FileIdentity | None]:
+        verified = sound_files.identity(file)
+        read_at = time.time_ns()
+        data, identity = read_file_into(
+            alias=LEARNER_MODELS, path=file.path, sha256=file.sha256, buffer=self._buffer, verified=verified
+        )
+        if identity != verified:
+            sound_files.remember(file, identity, read_at=read_at)
+        return data, identity
 
 
 def read_part(delta: VerifiedDelta, start: int, stop: int, *, spec: NetworkSpec) -> FloatArray:

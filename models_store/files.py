@@ -116,10 +116,15 @@ def read_file(*, alias: str, path: str, sha256: str, max_bytes: int = DEFAULT_MA
     return data
 
 
-def read_file_into(*, alias: str, path: str, sha256: str, buffer: memoryview) -> tuple[memoryview, FileIdentity | None]:
+def read_file_into(
+    *, alias: str, path: str, sha256: str, buffer: memoryview, verified: FileIdentity | None = None
+) -> tuple[memoryview, FileIdentity | None]:
     """As ``read_file``, into ``buffer``, which many reads share: the part of it that holds the file, and which file it was.
 
     The identity serves ``read_unchanged``; None in a storage of no local files.
+
+    Args:
+        verified: which file had this sum when it was read before: that one, unchanged, is not summed again.
 
     Raises:
         StoreError: as ``read_file``; ``bad_file`` where the file is larger than the buffer.
@@ -132,7 +137,8 @@ def read_file_into(*, alias: str, path: str, sha256: str, buffer: memoryview) ->
         data = buffer[:size]
     else:
         data = memoryview(read_unverified(alias=alias, path=path, max_bytes=len(buffer)))
-    _verify(path, data, sha256)
+    if identity is None or identity != verified:
+        _verify(path, data, sha256)
     return data, identity
 
 

@@ -25,8 +25,9 @@ FILE_MODE = 0o640
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-FileIdentity = tuple[int, int, int, int]
-"""Device, inode, bytes and time of last change: what tells whether a file is still the one that was read."""
+FileIdentity = tuple[int, int, int, int, int]
+"""Device, inode, bytes, and the times of the last change of its bytes and of anything about it: what tells whether a file is
+still the one that was read. No program can set the last of them."""
 
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
@@ -207,7 +208,7 @@ def _give_new_name(source: Path, target: Path) -> bool:
 
 
 def _identity(status: os.stat_result) -> FileIdentity:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _open_regular(root: Path, name: str, max_bytes: int) -> tuple[int, os.stat_result]:

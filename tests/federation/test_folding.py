@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from federation.rounds import folding, service
 from federation.rounds.cohort import DamagedContribution, DiscountedDelta
 from federation.rounds.folding import Member
 from models_store import store
+from models_store.delta_files import SETTLED_NANOSECONDS, SoundFiles, sound_files
 from models_store.errors import StoreError
 from models_store.store import DeltaFile, DeltaReader, read_part
 from tests.federation.rounds_world import make_world, train_personally
@@ -181,3 +183,68 @@ def test_a_round_takes_the_coordinate_wise_middle_and_rejects_what_was_damaged_m
     aggregate = store.read_aggregate(path=attempt.aggregate_path, sha256=attempt.aggregate_sha256, spec=SMALL)
     rows = np.stack([delta(row) for row in (0, 1, 3, 4, 5)])
     np.testing.assert_array_equal(aggregate, strategies.get(strategy).aggregate(rows, np.ones(5)))
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of what was summed."""
+    from models_store import files
+
+    counted: list[int] = []
+    checksum = files.checksum
+
+    def counting(data: bytes | memoryview) -> str:
+        counted.append(len(data))
+        return checksum(data)
+
+    monkeypatch.setattr(files, "checksum", counting)
+    return counted
+
+
+def settle() -> None:
+    """Wait until a file that was written before counts as settled."""
+    time.sleep(2 * SETTLED_NANOSECONDS / 1e9)
+
+
+def test_a_file_that_this_process_has_verified_is_not_summed_again_while_it_is_unchanged(sums: list[int]) -> None:
+    members = make_members(5)
+    settle()
+    sums.clear()
+    first = combined(members, "fedavg", 1)
+    assert len(sums) == 5
+    assert combined(members, "fedavg", 1).tobytes() == first.tobytes()
+    assert len(sums) == 5
+    sound_files.forget()
+    combined(members, "fedavg", 1)
+    assert len(sums) == 10
+
+
+def test_a_file_that_was_just_written_is_summed_every_time(sums: list[int]) -> None:
+    members = make_members(3)
+    sums.clear()
+    DeltaReader(SMALL).read(members[2].deltas[0].file)
+    DeltaReader(SMALL).read(members[2].deltas[0].file)
+    assert len(sums) == 2
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_after_a_file_was_verified_is_found_even_under_its_old_time(damage: str) -> None:
+    members = make_members(3)
+    settle()
+    combined(members, "fedavg", 1)
+    path = place_of(members[1])
+    before = path.stat()
+    change, code = DAMAGES[damage]
+    change(path)
+    if path.exists():
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DamagedContribution) as refused:
+        combined(members, "fedavg", 1)
+    assert (refused.value.contribution, refused.value.code) == (members[1].contribution, code)
+
+
+def test_only_so_many_files_are_remembered() -> None:
+    known = SoundFiles(most=2)
+    for number in range(3):
+        known.remember(DeltaFile(str(number), ""), (0, number, 0, 0, 0), read_at=time.time_ns())
+    assert [known.identity(DeltaFile(str(number), "")) for number in range(3)] == [None, (0, 1, 0, 0, 0), (0, 2, 0, 0, 0)]
