@@ -147,16 +147,20 @@ class FlatLayout:
     def fits(self, data: Buffer) -> bool:
         """Whether the file has this very header and the size that belongs to it."""
         start = len(self.head)
-        return len(data) == start + 4 * self.count and data[:start] == self.head
+        return len(data) == start + 4 * self.count and bytes(data[:start]) == self.head
 
-    def view(self, data: Buffer) -> FloatArray:
+    def view(self, data: Buffer, *, known_finite: bool = False) -> FloatArray:
         """The values of a file that fits: (count,) float32, a read-only view, or a copy where they are not aligned.
+
+        Args:
+            known_finite: these bytes were looked at before.
 
         Raises:
             TensorFileError: ``not_finite``.
         """
         flat = _float32(_frombuffer(data, "F32", self.count, len(self.head)))
-        _check_finite("", flat)
+        if not known_finite:
+            _check_finite("", flat)
         return flat
 
 

@@ -118,27 +118,27 @@ class DeltaReader:
         return VerifiedDelta(file, identity, None if layout is None else len(layout.head))
 
     def _read(self, file: DeltaFile) -> tuple[FloatArray, FileIdentity | None, FlatLayout | None]:
-        data, identity = self._bytes(file)
-        try:
-            layout = self._layout
-            if layout is None or not layout.fits(data):
-                layout = flat_layout(data, expected=self._expected)
-            if layout is None:
-                return read_flat(data, expected=self._expected), identity, None
-            self._layout = layout
-            return layout.view(data), identity, layout
-        except TensorFileError as error:
-            raise StoreError(f"the file {file.path} cannot be used: {error}", code="bad_file") from error
-
-    def _bytes(self, file: DeltaFile) -> tuple[memoryview, FileIdentity | None]:
         verified = sound_files.identity(file)
         read_at = time.time_ns()
         data, identity = read_file_into(
             alias=LEARNER_MODELS, path=file.path, sha256=file.sha256, buffer=self._buffer, verified=verified
         )
+        try:
+            delta, layout = self._flat(data, known_finite=identity is not None and identity == verified)
+        except TensorFileError as error:
+            raise StoreError(f"the file {file.path} cannot be used: {error}", code="bad_file") from error
         if identity != verified:
             sound_files.remember(file, identity, read_at=read_at)
-        return data, identity
+        return delta, identity, layout
+
+    def _flat(self, data: memoryview, *, known_finite: bool) -> tuple[FloatArray, FlatLayout | None]:
+        layout = self._layout
+        if layout is None or not layout.fits(data):
+            layout = flat_layout(data, expected=self._expected)
+        if layout is None:
+            return read_flat(data, expected=self._expected), None
+        self._layout = layout
+        return layout.view(data, known_finite=known_finite), layout
 
 
 def read_part(delta: VerifiedDelta, start: int, stop: int, *, spec: NetworkSpec) -> FloatArray:

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from django.core.files.base import ContentFile
@@ -229,7 +230,13 @@ def _verify(path: str, data: bytes | memoryview, sha256: str) -> None:
 
 
 def _local_root(storage: Storage) -> Path | None:
-    return Path(storage.location) if isinstance(storage, FileSystemStorage) else None
+    return _path(str(storage.location)) if isinstance(storage, FileSystemStorage) else None
+
+
+@lru_cache(maxsize=16)
+def _path(location: str) -> Path:
+    """A path costs more to make than a small file to open."""
+    return Path(location)
 
 
 def _create(storage: Storage, files: Sequence[tuple[str, bytes]]) -> list[bool]:

@@ -24,6 +24,7 @@ from aivo_core.network import FloatArray, NetworkSpec
 from federation import strategies
 from federation.rounds.cohort import BLOCK, DamagedContribution, DiscountedDelta, compose
 from federation.strategies.base import Aggregate, Fold, PrivacyMechanism
+from models_store.delta_files import sound_files
 from models_store.errors import StoreError
 from models_store.store import DeltaFile, DeltaReader, VerifiedDelta, read_part
 
@@ -80,7 +81,8 @@ def fold_members(
         members: ordered by subject key; whole blocks of the round, of which the last may be short.
         first_block: block of the first member: a shard begins where its blocks begin.
         mechanism: clips each delta; one thread then, so that it sees the deltas in their order.
-        threads: None for this process's share of the cores.
+        threads: None for this process's share of the cores; for one where the files need no checksum any more, since what is
+            left are short calls that threads only make wait for one another.
         progress: called with members done and all of them.
 
     Raises:
@@ -97,7 +99,8 @@ def fold_members(
             block.add(_read(member, readers.own().read), member.weight)
         return block
 
-    count = 1 if mechanism is not None else (threads or usable_threads())
+    alone = mechanism is not None or (threads is None and _all_verified(members))
+    count = 1 if alone else (threads or usable_threads())
     done = 0
     with _in_order(block_from, range(0, len(members), BLOCK), threads=count) as blocks:
         for block in blocks:
@@ -156,6 +159,10 @@ class MemberDeltas:
         """See ``DeltaSource.read``."""
         verified = self._verified[row]
         return _read(self._members[row], lambda file: read_part(verified[file], start, stop, spec=self._spec))
+
+
+def _all_verified(members: Sequence[Member]) -> bool:
+    return all(sound_files.identity(part.file) is not None for member in members for part in member.deltas)
 
 
 def _read(member: Member, read: Callable[[DeltaFile], FloatArray]) -> FloatArray:
