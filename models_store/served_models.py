@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from django.utils import timezone
 from django.utils.translation import gettext as _
 
+from aivo_core.engine import blas
 from aivo_core.inference import FoldedNetwork, FoldedTail, blend
 from aivo_core.network import FloatArray
 from models_store.cache import RecentlyUsed
@@ -90,7 +91,7 @@ def _main(stamp: ServingStamp, note: str = "") -> ServedModel:
         manifest_sha256=stamp.active_manifest,
         encoder_sha256=stamp.active_encoder,
     )
-    tail = _tails.get_or_make(_tail_key(loaded), lambda: folded_tail(loaded, loaded.tail))
+    tail = _tails.get_or_make(_tail_key(loaded), lambda: _folded(loaded, loaded.tail))
     served_by = ServedBy(ServingChoice.MAIN.value, 0.0, loaded.version, note=note)
     return ServedModel(loaded, FoldedNetwork(folded_trunk(loaded), tail), served_by)
 
@@ -98,7 +99,7 @@ def _main(stamp: ServingStamp, note: str = "") -> ServedModel:
 def _personal(stamp: ServingStamp) -> ServedModel:
     loaded = _base(stamp)
     key = _tail_key(loaded, stamp.weights_path, stamp.weights_sha256, stamp.blend)
-    tail = _tails.get_or_make(key, lambda: folded_tail(loaded, _blended(stamp, loaded)))
+    tail = _tails.get_or_make(key, lambda: _folded(loaded, _blended(stamp, loaded)))
     served_by = ServedBy(stamp.serving_choice, stamp.blend, loaded.version, stamp.number)
     return ServedModel(loaded, FoldedNetwork(folded_trunk(loaded), tail), served_by)
 
@@ -121,6 +122,12 @@ def _base(stamp: ServingStamp) -> LoadedVersion:
 def _blended(stamp: ServingStamp, loaded: LoadedVersion) -> FloatArray:
     tail = read_tail_file(path=stamp.weights_path, sha256=stamp.weights_sha256, spec=loaded.spec)
     return blend(loaded.tail, tail, stamp.blend)
+
+
+def _folded(loaded: LoadedVersion, tail: FloatArray) -> FoldedTail:
+    """A process that serves computes products of few rows: threads of the library would only wait for one another."""
+    blas.use_one_thread()
+    return folded_tail(loaded, tail)
 
 
 def _tail_key(loaded: LoadedVersion, path: str = "", sha256: str = "", share: float = 0.0) -> _TailKey:

@@ -21,6 +21,9 @@ _SYMBOLS = (
 
 _AVX512_CORES = (b"SkylakeX", b"Cooperlake", b"SapphireRapids")
 
+_BRINGERS = ("numpy", "scipy", "scipy.linalg", "numba", "tensorflow")
+"""Packages that load one."""
+
 
 def use_one_thread() -> tuple[str, ...]:
     """Set every OpenBLAS or MKL that came with NumPy or SciPy, or that this process has loaded, to one thread.
@@ -30,15 +33,16 @@ def use_one_thread() -> tuple[str, ...]:
         number of threads is the environment's.
     """
     names = []
-    for path, setter in _setters(frozenset(_loaded())):
+    for path, setter in _setters(tuple(name in sys.modules for name in _BRINGERS)):
         setter(1)
         names.append(Path(path).name)
     return tuple(names)
 
 
-@lru_cache(maxsize=8)
-def _setters(paths: frozenset[str]) -> tuple[tuple[str, Any], ...]:
-    return tuple((path, setter) for path in sorted(paths) if (setter := _setter(path)) is not None)
+@lru_cache(maxsize=16)
+def _setters(_imported: tuple[bool, ...]) -> tuple[tuple[str, Any], ...]:
+    """What to call, looked up anew only when a package that brings such a library was imported: looking takes 10 ms."""
+    return tuple((path, setter) for path in sorted(set(_loaded())) if (setter := _setter(path)) is not None)
 
 
 @lru_cache(maxsize=1)

@@ -181,7 +181,7 @@ import ctypes
 from aivo_core.engine import blas
 for name in blas.use_one_thread():
     pass
-for path, _setter in blas._setters(frozenset(blas._loaded())):
+for path in sorted(set(blas._loaded())):
     library = ctypes.CDLL(path)
     names = [f"{p}openblas_get_num_threads{s}" for p in ("scipy_", "") for s in ("64_", "")]
     print(*[getattr(library, name)() for name in names if hasattr(library, name)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -250,6 +251,27 @@ def test_a_warm_recommendation_reads_no_file(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("models_store.files.read_unverified", no_file)
     monkeypatch.setattr("models_store.local_files.read", no_file)
     assert recommend("ada") == expected
+
+
+def test_a_process_that_serves_holds_linear_algebra_to_one_thread() -> None:
+    from ctypes import CDLL
+
+    from aivo_core.engine import blas
+
+    def library(verb: str) -> Callable[..., int]:
+        loaded = [CDLL(path) for path in sorted(set(blas._loaded())) if "numpy.libs" in path]
+        found: Callable[..., int] = next(getattr(each, f"scipy_openblas_{verb}_num_threads64_") for each in loaded)
+        return found
+
+    make_version()
+    learner_with()
+    try:
+        library("set")(2)
+        assert library("get")() == 2
+        recommend("ada")
+        assert library("get")() == 1
+    finally:
+        blas.use_one_thread()
 
 
 def test_a_warm_recommendation_needs_one_query(django_assert_max_num_queries: object) -> None:
