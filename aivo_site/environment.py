@@ -21,6 +21,7 @@ NAMES = frozenset(
         "AIVO_MAIN_MODEL_PATH",
         "AIVO_LEARNER_MODELS_PATH",
         "AIVO_ENGINE_THREADS",
+        "AIVO_ENGINE_MEMORY_MB",
         "AIVO_PROCESS_ROLE",
         "AIVO_STATIC_ROOT",
         "AIVO_TIME_ZONE",
@@ -53,6 +54,7 @@ class Environment:
     main_model_path: Path
     learner_models_path: Path
     engine_threads: int | None
+    engine_memory_mb: int | None
     process_role: str
     static_root: Path
     time_zone: str
@@ -87,7 +89,8 @@ def read_environment() -> Environment:
         use_federated_learning=_boolean("USE_FEDERATED_LEARNING", default=False),
         main_model_path=_path("AIVO_MAIN_MODEL_PATH", "models/main-aivo"),
         learner_models_path=_path("AIVO_LEARNER_MODELS_PATH", "models/learners"),
-        engine_threads=_positive("AIVO_ENGINE_THREADS"),
+        engine_threads=_positive("AIVO_ENGINE_THREADS", most=1024),
+        engine_memory_mb=_positive("AIVO_ENGINE_MEMORY_MB", most=1_000_000),
         process_role=_word("AIVO_PROCESS_ROLE", default="command", allowed=("command", "web", "worker")),
         static_root=_path("AIVO_STATIC_ROOT", "staticfiles"),
         time_zone=os.environ.get("AIVO_TIME_ZONE", "UTC"),
@@ -135,13 +138,13 @@ def _word(name: str, *, default: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def _positive(name: str) -> int | None:
+def _positive(name: str, *, most: int) -> int | None:
     """None where it is not set."""
     raw = os.environ.get(name, "").strip()
     if not raw:
         return None
-    if not (raw.isascii() and raw.isdigit() and 1 <= int(raw[:9]) <= 1024 and len(raw) < 10):
-        raise ImproperlyConfigured(f"{name} must be a whole number from 1 to 1024, not {raw!r}")
+    if not (raw.isascii() and raw.isdigit() and 1 <= int(raw[:9]) <= most and len(raw) < 10):
+        raise ImproperlyConfigured(f"{name} must be a whole number from 1 to {most}, not {raw!r}")
     return int(raw)
 
 

@@ -148,6 +148,7 @@ JOB_RESEND_AFTER_SECONDS = 120
 USE_FEDERATED_LEARNING = ENV.use_federated_learning
 OPENAI_API_KEY = ENV.openai_api_key
 ENGINE_THREADS: int | None = ENV.engine_threads
+ENGINE_MEMORY_MB: int | None = ENV.engine_memory_mb
 
 # --- Language, time ---------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,15 @@ from django.conf import settings
 from django.utils.translation import gettext as _
 
 from aivo_core.engine.cohort import CohortEngine
-from aivo_core.engine.contract import LocalTrainingEngine
+from aivo_core.engine.contract import EngineError, LocalTrainingConfig, LocalTrainingEngine
+from aivo_core.network import NetworkSpec
 from aivo_site.errors import UsageError
+
+MEGABYTE = 2**20
 
 
 class EngineUnavailable(UsageError):
-    """No engine of that name here; the message names those there are."""
+    """No engine of that name here, and the message names those there are; or (``memory_limit``) too little memory for it."""
 
     default_code = "engine_unavailable"
 
@@ -50,6 +53,25 @@ def get_engine(name: str) -> LocalTrainingEngine:
         return _engines[name]
 
 
+def check_memory(name: str, *, spec: NetworkSpec, config: LocalTrainingConfig) -> None:
+    """Refuse, before anything starts, an engine that may not use the memory that one learner takes.
+
+    Raises:
+        EngineUnavailable: ``memory_limit``, naming the setting and what is needed; or no engine of that name.
+    """
+    check_engine(name)
+    if name != CohortEngine.name:
+        return  # asking Keras would load TensorFlow here
+    engine = get_engine(name)
+    if not isinstance(engine, CohortEngine):
+        return
+    try:
+        engine.check_memory(spec, config)
+    except EngineError as error:
+        text = _("AIVO_ENGINE_MEMORY_MB is too small: %(error)s")
+        raise EngineUnavailable(text % {"error": error}, code=error.code) from error
+
+
 def needs_own_process(name: str) -> bool:
     """Whether training with this engine needs a process that ends with it: TensorFlow hangs in a fork of one that ran it."""
     return name not in _IN_THE_WORKER
@@ -62,7 +84,8 @@ def _keras() -> LocalTrainingEngine:
 
 
 def _cohort() -> LocalTrainingEngine:
-    return CohortEngine(threads=settings.ENGINE_THREADS)
+    megabytes = settings.ENGINE_MEMORY_MB
+    return CohortEngine(threads=settings.ENGINE_THREADS, memory_limit=None if megabytes is None else megabytes * MEGABYTE)
 
 
 _FACTORIES: dict[str, Callable[[], LocalTrainingEngine]] = {"keras": _keras, "cohort": _cohort}

@@ -13,6 +13,7 @@ from typing import Any
 from django.db.models import QuerySet
 from django.utils.translation import gettext as _
 
+from aivo_core.network import NetworkSpec
 from aivo_site.jobs.models import Job
 from federation import engines, shared_training
 from federation.contributions import ContributionOutcome, produce_contributions
@@ -90,7 +91,8 @@ def train_learners(
     started = time.monotonic()
     policy = policy or training_policy()
     policy.validate()
-    active_version()
+    spec = NetworkSpec.from_json(active_version().architecture)
+    engines.check_memory(policy.engine, spec=spec, config=policy.personal_config())
     if job is not None and shared_training.is_shared(job, learners):
         report = shared_training.train_shared(
             job=job, learners=learners, policy=policy, force=force, actor=actor, progress=progress, should_stop=should_stop

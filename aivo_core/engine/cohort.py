@@ -14,7 +14,7 @@ from aivo_core.engine.backends import FLOAT_BYTES, Compiler, Kernel, NumpyKernel
 from aivo_core.engine.contract import EngineError, LearnerResult, LearnerTask, LocalTrainingConfig
 from aivo_core.engine.passes import OBJECTIVES, PRODUCT, PassOutcome
 from aivo_core.engine.session import check_finite, check_task
-from aivo_core.engine.tail import TailLayout, tail_base
+from aivo_core.engine.tail import TailLayout, tail_base, tail_layout
 from aivo_core.network import NetworkSpec, Weights
 
 BACKENDS = ("auto", "numba", "numpy")
@@ -108,17 +108,29 @@ class CohortEngine:
         """
         base = tail_base(spec, weights)
         kernel = self._kernel()
-        bill = _Bill(kernel, base.layout, spec, config.batch_size)
-        if self._memory_limit is not None and bill.of(config.batch_size) > self._memory_limit:
-            raise EngineError(
-                f"memory_limit must be at least {bill.of(config.batch_size)} bytes for one learner, not {self._memory_limit}",
-                code="memory_limit",
-            )
+        bill = self._checked_bill(kernel, spec, config)
         blas.use_one_thread()
         run = _Run(kernel, lambda: kernel.trainer(base, config, self._objective), spec, config)
         if self.threads == 1:
             return self._one_by_one(run, bill, tasks)
         return self._side_by_side(run, bill, tasks)
+
+    def check_memory(self, spec: NetworkSpec, config: LocalTrainingConfig) -> None:
+        """Check that one learner with one batch of samples fits into ``memory_limit``, before anything is prepared.
+
+        Raises:
+            EngineError: ``memory_limit``, with the bytes that are needed; ``bad_heads``.
+        """
+        self._checked_bill(self._kernel(), spec, config)
+
+    def _checked_bill(self, kernel: Kernel, spec: NetworkSpec, config: LocalTrainingConfig) -> _Bill:
+        bill = _Bill(kernel, tail_layout(spec), spec, config.batch_size)
+        if self._memory_limit is not None and bill.of(config.batch_size) > self._memory_limit:
+            raise EngineError(
+                f"memory_limit must be at least {bill.of(config.batch_size)} bytes for one learner, not {self._memory_limit}",
+                code="memory_limit",
+            )
+        return bill
 
     def _kernel(self) -> Kernel:
         if self._wanted == "numba":

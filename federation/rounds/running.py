@@ -14,8 +14,10 @@ from django.db import transaction
 from django.utils import timezone
 from django.utils.translation import gettext as _
 
+from aivo_core.network import NetworkSpec
 from aivo_site.errors import DomainError, Skipped
 from aivo_site.jobs.models import Job
+from federation import engines
 from federation.models import AggregationRound, ContributionSource, PromotionMode, RoundState
 from federation.policies import RoundPolicy
 from federation.rounds import candidate, cohort, evidence, intake, lifecycle, promotion, sharing
@@ -93,7 +95,7 @@ def run_round(
         ``describe_round`` of it, and ``resumed``.
 
     Raises:
-        UsageError: the policy cannot be run.
+        UsageError: the policy cannot be run, or (``memory_limit``) its engine may not use the memory that one learner takes.
         NoMainModel: there is no active version.
         RoundSkipped: ``round_running``, ``awaiting_decision``; or the round ended SKIPPED.
         RoundFailed: the round ended FAILED. Its ``code`` says why.
@@ -101,6 +103,9 @@ def run_round(
     """
     policy.validate()
     base = versions.active_version()
+    if policy.contribution_source == ContributionSource.ROUND:
+        spec = NetworkSpec.from_json(base.architecture)
+        engines.check_memory(policy.engine, spec=spec, config=policy.contribution_config())
     claim = lifecycle.claim_round(policy=policy, base=base, job=job, actor=actor)
     run = RoundRun(
         claim.round,

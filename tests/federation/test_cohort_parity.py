@@ -107,3 +107,33 @@ def test_the_factory_gives_the_engine_with_the_threads_of_the_settings(settings,
     engine = get_engine("cohort")
     assert isinstance(engine, CohortEngine) and engine.threads == 3
     assert get_engine("cohort") is engine
+
+
+def test_a_memory_limit_too_small_for_one_learner_stops_training_and_rounds_before_anything_starts(
+    settings, monkeypatch: pytest.MonkeyPatch, db
+) -> None:
+    from federation import engines
+    from federation.local_training import train_learners
+    from federation.models import AggregationRound, ModelTrainingSession
+    from federation.rounds import service
+    from learners.models import Learner
+    from tests.federation.rounds_world import make_world
+
+    make_world(learners=6)
+    before = ModelTrainingSession.objects.count()
+    monkeypatch.setattr(engines, "_engines", {})
+    monkeypatch.setattr(engines, "MEGABYTE", 1000)  # the test's network is small
+    settings.ENGINE_MEMORY_MB = 1
+    for run in (
+        lambda: train_learners(learners=Learner.objects.all(), actor="test"),
+        lambda: service.aggregate(actor="test"),
+    ):
+        with pytest.raises(
+            engines.EngineUnavailable, match="AIVO_ENGINE_MEMORY_MB is too small: memory_limit must be at least"
+        ) as no:
+            run()
+        assert no.value.code == "memory_limit"
+    assert not AggregationRound.objects.exists() and ModelTrainingSession.objects.count() == before
+    settings.ENGINE_MEMORY_MB = 1_000_000
+    monkeypatch.setattr(engines, "_engines", {})
+    assert service.aggregate(actor="test")["accepted"] == 6

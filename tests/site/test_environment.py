@@ -57,6 +57,15 @@ def test_an_impossible_number_of_threads_stops_the_start(elsewhere: Path, monkey
         read_environment()
 
 
+def test_the_engines_memory_is_a_number_of_megabytes_or_unbounded(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_environment().engine_memory_mb is None
+    monkeypatch.setenv("AIVO_ENGINE_MEMORY_MB", "2048")
+    assert read_environment().engine_memory_mb == 2048
+    monkeypatch.setenv("AIVO_ENGINE_MEMORY_MB", "0")
+    with pytest.raises(ImproperlyConfigured, match="AIVO_ENGINE_MEMORY_MB must be a whole number from 1 to 1000000"):
+        read_environment()
+
+
 @pytest.mark.parametrize("name", ["USE_FEDERATED_LEARNING", "DEBUG", "HTTPS"])
 @pytest.mark.parametrize("text", ["ture", "2", '"true', "enabled"])
 def test_a_misspelt_boolean_stops_the_start(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
