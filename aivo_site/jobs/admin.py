@@ -25,7 +25,7 @@ from aivo_site.audit import services as audit
 from aivo_site.console.admin_base import ReadOnlyAdmin
 from aivo_site.errors import DomainError
 from aivo_site.jobs import services
-from aivo_site.jobs.models import Job, JobShard, JobState, ScheduleRun, ShardState, WorkerHeartbeat
+from aivo_site.jobs.models import Job, JobShard, JobState, ScheduleRun, WorkerHeartbeat
 
 STATE_COLOURS = {
     JobState.QUEUED: "info",
@@ -34,12 +34,6 @@ STATE_COLOURS = {
     JobState.FAILED: "danger",
     JobState.CANCELLED: "",
     JobState.SKIPPED: "",
-}
-SHARD_COLOURS = {
-    ShardState.WAITING: "info",
-    ShardState.RUNNING: "warning",
-    ShardState.DONE: "success",
-    ShardState.FAILED: "danger",
 }
 SILENT_AFTER_SECONDS = 60
 LOG_LINES = 500
@@ -61,9 +55,10 @@ class JobShardInline(TabularInline):  # type: ignore[misc]
         rows: QuerySet[JobShard] = super().get_queryset(request)
         return rows.select_related("worker_job").defer("params", "result")
 
-    @display(description=gettext_lazy("state"), label=SHARD_COLOURS)
-    def shown_state(self, shard: JobShard) -> tuple[str, str]:
-        return shard.state, shard.get_state_display()
+    @display(description=gettext_lazy("state"))
+    def shown_state(self, shard: JobShard) -> str:
+        """In words: the theme's coloured labels are for lists, not for rows like these."""
+        return str(shard.get_state_display())
 
     @display(description=gettext_lazy("done by"))
     def worker(self, shard: JobShard) -> str:
