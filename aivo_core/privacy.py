@@ -26,9 +26,11 @@ _DTYPES = (np.float16, np.float32, np.float64)
 
 
 class PrivacyError(ValueError):
-    """An input that clipping or noise refuses.
+    """An input that clipping, noise, a mechanism or the choice of a cohort refuses.
 
-    ``code`` is stable: ``not_finite``, ``wrong_dtype``, ``bad_clip_norm``, ``bad_noise``.
+    ``code`` is stable: ``not_finite``, ``wrong_dtype``, ``wrong_shape``, ``bad_clip_norm``, ``bad_noise``,
+    ``bad_noise_multiplier``, ``bad_denominator``, ``bad_count_noise``, ``bad_adaptation``, ``bad_rate``, ``bad_cohort``,
+    ``already_drawn``.
     """
 
     def __init__(self, message: str, *, code: str) -> None:
@@ -66,8 +68,7 @@ def clip(vector: npt.NDArray[Float], c: float) -> npt.NDArray[Float]:
         PrivacyError: NaN or infinity in the vector (``not_finite``), another dtype (``wrong_dtype``), a clipping norm
             that is not a positive finite number (``bad_clip_norm``).
     """
-    if not 0.0 < c < float("inf"):
-        raise PrivacyError(f"clipping norm must be a positive finite number, not {c}", code="bad_clip_norm")
+    check_clip_norm(c)
     values = _checked(vector)
     unit, length = _unit_and_length(values)
     if unit * length <= c:
@@ -105,6 +106,26 @@ def gaussian(size: int, std: float, *, rng: np.random.Generator | None = None) -
         raise PrivacyError(f"standard deviation of the noise must be a positive finite number, not {std}", code="bad_noise")
     standard = _secure_standard_normal(size) if rng is None else rng.standard_normal(size)
     return standard * std
+
+
+def check_clip_norm(c: float) -> None:
+    """Refuse a clipping norm that bounds nothing.
+
+    Raises:
+        PrivacyError: ``bad_clip_norm``.
+    """
+    if not 0.0 < c < float("inf"):
+        raise PrivacyError(f"clipping norm must be a positive finite number, not {c}", code="bad_clip_norm")
+
+
+def check_noise_multiplier(z: float) -> None:
+    """Refuse a noise multiplier with which nothing is private.
+
+    Raises:
+        PrivacyError: ``bad_noise_multiplier``.
+    """
+    if not 0.0 < z < float("inf"):
+        raise PrivacyError(f"noise multiplier z must be a positive finite number, not {z}", code="bad_noise_multiplier")
 
 
 def _checked(vector: npt.NDArray[Float]) -> npt.NDArray[Float]:
