@@ -38,6 +38,7 @@ __all__ = [
     "composed_delta",
     "epsilon",
     "sample_level_epsilon",
+    "sample_level_release",
 ]
 
 
@@ -138,16 +139,31 @@ def sample_level_epsilon(
     Raises:
         AccountantError: as ``epsilon``.
     """
+    release = sample_level_release(
+        epochs=epochs, batch_size=batch_size, dataset_size=dataset_size, noise_multiplier=noise_multiplier
+    )
+    return epsilon(
+        z=release.z,
+        q_num=release.q_num,
+        q_den=release.q_den,
+        steps=release.steps,
+        delta=delta,
+        accountant=accountant,
+        sampling=release.sampling,
+    )
+
+
+def sample_level_release(*, epochs: int, batch_size: int, dataset_size: int, noise_multiplier: float) -> Release:
+    """What one training session by DP-SGD releases; arguments and errors as ``sample_level_epsilon``."""
     for name, value in (("epochs", epochs), ("batch_size", batch_size), ("dataset_size", dataset_size)):
         if not is_whole(value) or value < 1:
             refuse("bad_input", f"{name} must be a whole number of at least 1, not {value!r}")
     batch = min(batch_size, dataset_size)
-    return epsilon(
+    return Release(
         z=noise_multiplier,
         q_num=batch,
         q_den=dataset_size,
         steps=-(-epochs * dataset_size // batch),
-        delta=delta,
-        accountant=accountant,
         sampling="poisson",
+        unit="training_sample",
     )

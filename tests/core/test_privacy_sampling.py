@@ -75,7 +75,7 @@ def test_a_rate_of_one_takes_everyone_and_nobody_gives_nobody() -> None:
 
 
 def test_a_rate_that_no_float_can_hold_is_exact() -> None:
-    # Below the smallest multiple of the denominator's complement: value = word mod q_den, chosen where below q_num.
+    # A rate of 1 - 2^-63 rounds to 1 as a float; here the one number in 2^63 that means no is still obeyed.
     q_den = MAX_DENOMINATOR
     below, at = q_den - 2, q_den - 1
     assert poisson_cohort("ab", q_den - 1, q_den, randomness=words(below, at)) == ["a"]

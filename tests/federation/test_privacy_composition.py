@@ -12,10 +12,11 @@ from typing import Any
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import HealthCheck, given, settings
 
 from federation.privacy import rdp
-from federation.privacy.accountant import epsilon
+from federation.privacy.accountant import epsilon, sample_level_epsilon, sample_level_release
 from federation.privacy.composition import compose, composed_delta
 from federation.privacy.release import (
     MAX_DENOMINATOR,
@@ -195,6 +196,36 @@ def test_reference_rows_of_both_adjacencies_in_the_words_used_here(name: str) ->
     assert asis == pytest.approx(float(found[f"{name}-RDP-REPLACE-ASIS"]["value"]), rel=1e-3)
 
 
+# --- closed forms -----------------------------------------------------------------------------------------------------
+
+
+def exact_delta(z: float, found: float) -> float:
+    """Delta of one Gaussian release at an epsilon (Balle and Wang 2018, theorem 8)."""
+    normal = scipy.stats.norm
+    return float(normal.cdf(0.5 / z - found * z) - math.exp(found) * normal.cdf(-0.5 / z - found * z))
+
+
+@few
+@given(z=st.floats(0.8, 6.0), steps=st.integers(1, 10), at=st.floats(0.1, 5.0))
+def test_both_accountants_bound_the_exact_gaussian_and_pld_meets_it(z: float, steps: int, at: float) -> None:
+    exact = exact_delta(z / math.sqrt(steps), at)
+    tight = composed_delta([Release(z=z, steps=steps)], at, "pld")
+    assert exact * (1 - 1e-6) - 1e-14 <= tight <= exact * (1 + 1e-2) + 1e-12
+    assert composed_delta([Release(z=z, steps=steps)], at) >= exact * (1 - 1e-9)
+
+
+@few
+@given(z=st.floats(0.8, 6.0), percent=st.integers(1, 99), at=st.floats(0.1, 3.0))
+def test_both_accountants_bound_one_sampled_release_and_pld_meets_it(z: float, percent: int, at: float) -> None:
+    q = percent / 100
+    # Whoever is in the sample with probability q: q times the Gaussian's delta at log(1 + (e^epsilon - 1) / q)
+    # (Balle, Barthe and Gaboardi 2018, theorem 8, tight for removing; adding costs less).
+    exact = q * exact_delta(z, math.log1p(math.expm1(at) / q))
+    history = [Release(z=z, q_num=percent, q_den=100, sampling="poisson")]
+    assert exact * (1 - 1e-6) - 1e-14 <= composed_delta(history, at, "pld") <= exact * (1 + 1e-2) + 1e-12
+    assert composed_delta(history, at) >= exact * (1 - 1e-9)
+
+
 # --- what must not matter, and what must ------------------------------------------------------------------------------
 
 
@@ -264,6 +295,14 @@ def test_one_release_costs_what_the_single_question_says() -> None:
     alone = epsilon(z=1.2, q_num=3, q_den=20, steps=17, delta=1e-6, sampling="poisson")
     composed = compose([Release(z=1.2, q_num=3, q_den=20, steps=17, sampling="poisson")], 1e-6)
     assert (composed.epsilon, composed.order) == (alone.epsilon, alone.order)
+
+
+def test_sessions_of_a_learner_compose_over_their_samples() -> None:
+    session = sample_level_release(epochs=5, batch_size=32, dataset_size=200, noise_multiplier=1.5)
+    assert (session.steps, session.q_num, session.q_den, session.unit) == (32, 32, 200, "training_sample")
+    alone = sample_level_epsilon(epochs=5, batch_size=32, dataset_size=200, noise_multiplier=1.5, delta=1e-4)
+    assert compose([session], 1e-4).epsilon == alone.epsilon
+    assert alone.epsilon < compose([session] * 3, 1e-4).epsilon < 3 * alone.epsilon
 
 
 def test_a_vanishing_divergence_is_not_taken_for_none() -> None:
