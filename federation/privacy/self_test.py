@@ -19,9 +19,9 @@ from aivo_core.privacy import DoubleArray, global_norm
 from aivo_core.privacy_clipping import AdaptiveGaussianSumMechanism
 from aivo_core.privacy_mechanisms import FloatingArray, GaussianSumMechanism, privatise_upload
 from aivo_core.privacy_sampling import poisson_cohort
-from federation import strategies
 from federation.privacy.references import REFERENCES
 from federation.strategies.base import PrivacyMechanism
+from federation.strategies.mean import FedAvg
 
 FALSE_ALARM = 1e-6
 """Probability with which a check of chance fails although all is well."""
@@ -245,7 +245,7 @@ class _Recorder:
 
 
 def _released(mechanism: PrivacyMechanism, deltas: list[FloatingArray], dim: int = _DIM) -> DoubleArray:
-    fold = strategies.get("fedavg").start(dim, dtype=np.float64, mechanism=mechanism)
+    fold = FedAvg().start(dim, dtype=np.float64, mechanism=mechanism)
     for delta in deltas:
         fold.add(delta, 1.0)
     return fold.finish().vector.astype(np.float64)
