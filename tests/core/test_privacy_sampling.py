@@ -88,7 +88,7 @@ def test_numbers_that_would_favour_small_values_are_drawn_again() -> None:
     assert uniform_integers(1, 3, randomness=words(2**64 - 2)).tolist() == [2]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100, deadline=None)
 @given(count=st.integers(0, 50), below=st.integers(1, MAX_DENOMINATOR), seed=st.integers(0, 2**32))
 def test_uniform_integers_are_in_range(count: int, below: int, seed: int) -> None:
     drawn = uniform_integers(count, below, randomness=seeded(seed))
@@ -109,7 +109,7 @@ def test_every_cohort_of_a_fixed_size_is_as_likely_as_another() -> None:
     assert scipy.stats.chisquare(list(seen.values())).pvalue > FALSE_ALARM
 
 
-@settings(max_examples=100, deadline=None)
+@settings(derandomize=True, max_examples=100, deadline=None)
 @given(count=st.integers(1, 60), data=st.data())
 def test_a_cohort_of_fixed_size_has_that_size_and_keeps_the_order(count: int, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, count))

@@ -17,7 +17,7 @@ from federation.privacy.release import AccountantError, Release
 from tests.federation.privacy_vectors import ledger, release
 from tests.shared import needs_vectors
 
-few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(derandomize=True, max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TENTH = Release(z=1.0, q_num=1, q_den=10, sampling="poisson")
 QUESTION: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5, "q_num": 1, "q_den": 10, "steps": 50, "sampling": "poisson"}
 
