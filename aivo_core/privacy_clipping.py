@@ -144,6 +144,11 @@ class AdaptiveGaussianSumMechanism(GaussianSumMechanism):
         """Standard deviation of the noise in each coordinate of the deltas' sum."""
         return self.delta_noise_multiplier * self.clip_norm
 
+    @property
+    def identity(self) -> tuple[str | float, ...]:
+        """As ``GaussianSumMechanism.identity``, and the noise on the count."""
+        return *super().identity, self.count_noise
+
     def extend(self, delta: npt.NDArray[Float]) -> npt.NDArray[Float]:
         """(d,) -> (d + 1,): the delta with an empty slot, as the fold takes it."""
         return np.append(delta, np.zeros(1, delta.dtype))

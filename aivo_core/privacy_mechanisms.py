@@ -62,6 +62,11 @@ class GaussianSumMechanism:
         """Standard deviation of the noise in each coordinate of the sum."""
         return self.noise_multiplier * self.clip_norm
 
+    @property
+    def identity(self) -> tuple[str | float, ...]:
+        """What two processes must share for their sums to be parts of one release: name, C, z and the denominator."""
+        return self.name, self.clip_norm, self.noise_multiplier, self.denominator
+
     def clip(self, delta: npt.NDArray[Float]) -> npt.NDArray[Float]:
         """``delta`` with an L2 norm of at most C over all its numbers; see ``aivo_core.privacy.clip``."""
         return clip(delta, self.clip_norm)

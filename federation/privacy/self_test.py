@@ -231,7 +231,7 @@ class _Recorder:
 
     def __init__(self, mechanism: PrivacyMechanism) -> None:
         self._mechanism = mechanism
-        self.name, self.denominator = mechanism.name, mechanism.denominator
+        self.name, self.denominator, self.identity = mechanism.name, mechanism.denominator, mechanism.identity
         self.sums: list[DoubleArray] = []
         self.noised: list[DoubleArray] = []
 

@@ -97,6 +97,11 @@ class PrivacyMechanism(Protocol):
         """Fixed before anything is seen: the expected number of learners."""
         ...
 
+    @property
+    def identity(self) -> tuple[str | float, ...]:
+        """Name, bounds, noise and denominator: only sums of mechanisms with equal identities are parts of one release."""
+        ...
+
     def clip(self, delta: FloatingArray) -> FloatingArray:
         """A new array of the same shape whose L2 norm is bounded."""
         ...

@@ -142,7 +142,7 @@ class MeanFold:
         self._open = None
 
     def _description(self) -> tuple[object, ...]:
-        mechanism = None if self._mechanism is None else (self._mechanism.name, self._mechanism.denominator)
+        mechanism = None if self._mechanism is None else self._mechanism.identity
         return self._strategy, self._dim, self._dtype, mechanism
 
 

@@ -325,6 +325,7 @@ class CountingMechanism:
 
     name = "test"
     denominator = 100.0
+    identity = (name, 1.0, denominator)
 
     def __init__(self) -> None:
         self.noised = 0

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 
 from aivo_core.privacy import clip, global_norm
+from aivo_core.privacy_mechanisms import GaussianSumMechanism
 from aivo_core.tensors import read_any, write_tensors
 from federation import strategies
 from federation.strategies import BLOCK_SIZE, BlockSum, StrategyError, blocks_from_tensors, blocks_to_tensors
@@ -480,6 +481,10 @@ class Identity:
     denominator: float
     name: str = "identity"
 
+    @property
+    def identity(self) -> tuple[str | float, ...]:
+        return self.name, self.denominator
+
     def clip(self, delta: Array) -> Array:
         return delta
 
@@ -495,6 +500,10 @@ class ClipOnly:
     denominator: float
     name: str = "clip only"
     sums: list[Array] = field(default_factory=list)
+
+    @property
+    def identity(self) -> tuple[str | float, ...]:
+        return self.name, self.norm, self.denominator
 
     def clip(self, delta: Array) -> Array:
         return clip(delta, self.norm)
@@ -619,6 +628,21 @@ def test_sums_made_elsewhere_take_the_place_of_their_learners() -> None:
     private = strategies.get_fold("fedavg").start(4, mechanism=Identity(denominator=200.0))
     private.add_sums(Elsewhere(groups))
     np.testing.assert_allclose(private.finish().vector, deltas.sum(axis=0) / 200.0, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("other", [{"clip_norm": 2.0}, {"noise_multiplier": 1.5}, {"expected_cohort": 11.0}])
+def test_folds_with_another_bound_noise_or_denominator_are_not_merged(other: dict[str, float]) -> None:
+    defaults = {"clip_norm": 1.0, "noise_multiplier": 1.0, "expected_cohort": 10.0}
+
+    def fold(first_block: int, **values: float) -> strategies.Fold:
+        mechanism = GaussianSumMechanism(**{**defaults, **values})
+        return strategies.get_fold("fedavg").start(3, mechanism=mechanism, first_block=first_block)
+
+    mine = fold(0)
+    with pytest.raises(StrategyError) as refused:
+        mine.merge(fold(1, **other))
+    assert refused.value.code == "bad_blocks"
+    mine.merge(fold(1))
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
