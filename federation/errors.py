@@ -35,3 +35,29 @@ class ManagerError(UsageError):
     """
 
     default_code = "bad_config"
+
+
+class PeriodError(UsageError):
+    """A privacy period that cannot begin or end; the message names the field and what is allowed.
+
+    ``code``: ``bad_period``, ``no_meaning``, ``period_open``, ``no_privacy_period``, ``round_running``,
+    ``population_too_small``.
+    """
+
+    default_code = "bad_period"
+
+
+class LedgerError(DomainError):
+    """A charge that the ledger refuses; nothing may be released.
+
+    ``code``: ``no_privacy_period``: the period is over, ``clock_set_back``, ``other_meaning``: its δ, rate or unit is not what
+    the period or the product stands for.
+    """
+
+    default_code = "not_charged"
+
+
+class BudgetSpent(Skipped):
+    """The release would carry ε over a cap; nothing was charged and nothing may be released."""
+
+    default_code = "privacy_budget_spent"

@@ -229,7 +229,15 @@ class PrivacyPeriod(Row):
     epsilon_cap_learner = models.FloatField(_("cap of ε for a learner"), null=True, blank=True)
     q_num = models.PositiveBigIntegerField(_("sampling rate, numerator"), default=1)
     q_den = models.PositiveBigIntegerField(_("sampling rate, denominator"), default=1)
-    expected_cohort = models.FloatField(_("expected cohort"), null=True, blank=True)
+    expected_cohort = models.FloatField(
+        _("expected cohort"), null=True, blank=True, help_text=_("What sums are divided by; empty: q times N₀.")
+    )
+    planned_rounds = models.PositiveIntegerField(
+        _("planned rounds"),
+        default=52,
+        validators=[MinValueValidator(1)],
+        help_text=_("Noise that follows from a target ε is enough for this many."),
+    )
     started_at = models.DateTimeField(_("started at"))
     ended_at = models.DateTimeField(_("ended at"), null=True, blank=True)
     meaning = models.TextField(_("meaning"), help_text=_("Why a new period began, in words."))

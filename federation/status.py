@@ -9,6 +9,7 @@ from django.db.models.fields.json import KeyTextTransform
 from django.db.models.functions import Cast
 
 from aivo_site.jobs.models import Job
+from federation import ledger, privacy_periods
 from federation.models import AggregationRound, FederatedUpdate, ModelTrainingSession
 from models_store.models import Backend, MainModelVersion, PersonalizedModel, PersonalizedModelStatus, VersionStatus
 
@@ -26,7 +27,7 @@ def federation_status() -> dict[str, Any]:
         "average_performance": average_performance(),
         "rounds": _by(AggregationRound.objects.all(), "state"),
         "last_round": _last_round(),
-        "privacy": None,
+        "privacy": _privacy(),
         "jobs": _by(Job.objects.all(), "state"),
     }
 
@@ -47,6 +48,22 @@ def average_performance() -> float | None:
 def _by(rows: QuerySet[Any] | QuerySet[Model], field: str) -> dict[str, int]:
     counts = rows.order_by(field).values_list(field).annotate(n=Count("pk"))
     return {str(value): int(n) for value, n in counts}
+
+
+def _privacy() -> dict[str, Any] | None:
+    """What the open privacy period has spent; None where none is open."""
+    period = privacy_periods.current_period()
+    if period is None:
+        return None
+    spent = ledger.federation_epsilon(period, delta=period.delta)
+    return {
+        "period": period.number,
+        "epsilon": spent.epsilon,
+        "epsilon_cap": period.epsilon_cap,
+        "delta": spent.delta,
+        "accountant": spent.accountant,
+        "entries": period.entries.count(),
+    }
 
 
 def _last_round() -> dict[str, Any] | None:

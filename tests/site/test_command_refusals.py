@@ -112,9 +112,32 @@ def world() -> None:
 POOLS = tuple(pool.lower() for pool in Pool.values)
 BLOCKS = ("shared_dense_1", "shared_bn_1", "shared_dropout_1")
 
+PERIOD = ("privacy_period", "begin", "--reason", "r", "--population", "100")
+
 USAGE_CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "clone: unknown learner": (("clone_learner_models", "--learner", "nobody"), ("learner", "nobody")),
     "clone: unknown organisation": (("clone_learner_models", "--organisation", "nowhere"), ("organisation", "nowhere", "school")),
+    "privacy report: rate": (("privacy_report", "--calibrate", "1", "--rate", "2/1"), ("--rate", "above 0 and at most 1")),
+    "privacy report: target": (("privacy_report", "--calibrate", "-1", "--population", "100"), ("epsilon", "positive")),
+    "privacy report: target NaN": (("privacy_report", "--calibrate", "nan", "--population", "100"), ("epsilon", "positive")),
+    "privacy report: no population": (("privacy_report", "--calibrate", "1"), ("--population",)),
+    "privacy report: rounds": (
+        ("privacy_report", "--calibrate", "1", "--population", "100", "--rounds", "0"),
+        ("steps", "at least 1"),
+    ),
+    "period: no reason": (("privacy_period", "begin", "--population", "100", "--reason", " "), ("reason",)),
+    "period: no population": (("privacy_period", "begin", "--reason", "r"), ("population", "at least 2")),
+    "period: population": ((*PERIOD, "--population", "1"), ("population", "at least 2")),
+    "period: fewer than there are": ((*PERIOD, "--population", "2"), ("population", "3 learners")),
+    "period: delta of one over N": ((*PERIOD, "--delta", "0.01"), ("delta", "1/N")),
+    "period: delta 0": ((*PERIOD, "--delta", "0"), ("delta", "between 0 and 1")),
+    "period: rate 0": ((*PERIOD, "--rate", "0"), ("--rate", "above 0")),
+    "period: rate above 1": ((*PERIOD, "--rate", "1.5"), ("--rate", "at most 1")),
+    "period: rate no number": ((*PERIOD, "--rate", "few"), ("--rate", "1/10")),
+    "period: expected cohort": ((*PERIOD, "--rate", "1/10", "--expected-cohort", "11"), ("expected_cohort", "from 1 to", "10")),
+    "period: expected cohort below 1": ((*PERIOD, "--rate", "1/1000"), ("expected_cohort", "from 1")),
+    "period: cap": ((*PERIOD, "--epsilon-cap", "0"), ("epsilon_cap", "positive")),
+    "period: none is open": (("privacy_period", "end", "--reason", "r"), ("no privacy period is open",)),
     "clone: unknown pool": (("clone_learner_models", "--pool", "gym"), ("--pool", "gym", *POOLS)),
     "clone: limit": (("clone_learner_models", "--limit", "0"), ("limit", "at least 1")),
     "clone: freeze list that is no prefix": (("clone_learner_models", "--freeze-layers", "shared_dense_2"), ("freeze", *BLOCKS)),
