@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from uuid import UUID
 
 from django.db import transaction
@@ -36,7 +36,7 @@ FIELDS = (
     "sequence", "subject_key", "mechanism", "unit", "adjacency", "sampling", "q_num", "q_den", "noise_multiplier", "clip_norm",
     "steps", "epsilon", "epsilon_total", "delta", "accountant", "accountant_version", "conversion", "override_reason",
 )  # fmt: skip
-"""What a row's digest covers, beside its period and round."""
+"""What a row's digest covers, beside its time, period and round."""
 
 _UNITS = {"learner": PrivacyUnit.LEARNER, "training_sample": PrivacyUnit.SAMPLE}
 
@@ -78,7 +78,7 @@ def charge(
         past = releases_of(charges(open_period, subject_key=subject_key, like=release))
         alone = compose([release], open_period.delta)
         total = compose([*past, release], open_period.delta)
-        _check_cap(total.epsilon, _lowest(cap, _own_cap(open_period, subject_key)), open_period.delta)
+        _check_cap(total.epsilon, lowest(cap, _own_cap(open_period, subject_key)), open_period.delta)
         last = PrivacyLedgerEntry.objects.order_by("-sequence").values_list("sequence", flat=True).first() or 0
         entry = PrivacyLedgerEntry.objects.create(
             sequence=last + 1,
@@ -119,7 +119,7 @@ def check_affordable(period: PrivacyPeriod, release: Release, cap: float | None)
         BudgetSpent
     """
     past = releases_of(charges(period, like=release))
-    _check_cap(compose([*past, release], period.delta).epsilon, _lowest(cap, period.epsilon_cap), period.delta)
+    _check_cap(compose([*past, release], period.delta).epsilon, lowest(cap, period.epsilon_cap), period.delta)
 
 
 def release_of(entry: PrivacyLedgerEntry) -> Release:
@@ -231,6 +231,10 @@ class LearnerAccount:
             self._known[first] = self._composed(self._shared[first:])
         return self._known[first]
 
+    def epsilon_of_population(self) -> float:
+        """ε of who was there from the beginning."""
+        return self._composed(self._shared)
+
     def _composed(self, rows: list[PrivacyLedgerEntry]) -> float:
         return compose([*releases_of(rows), *self._following], self._delta).epsilon
 
@@ -239,6 +243,7 @@ def digest_of(entry: PrivacyLedgerEntry) -> str:
     """sha256 over the row's content, in the canonical form that the audit log keeps."""
     content = {name: getattr(entry, name) for name in FIELDS}
     content |= {"period": entry.period_id, "round": entry.round_id}
+    content["created_at"] = entry.created_at.astimezone(UTC).isoformat(timespec="microseconds")
     plain = {
         name: value.hex() if isinstance(value, float) else value if value is None or isinstance(value, int) else str(value)
         for name, value in content.items()
@@ -250,7 +255,8 @@ def _own_cap(period: PrivacyPeriod, subject_key: UUID | None) -> float | None:
     return period.epsilon_cap if subject_key is None else period.epsilon_cap_learner
 
 
-def _lowest(*caps: float | None) -> float | None:
+def lowest(*caps: float | None) -> float | None:
+    """The smallest of the caps that are there."""
     return min((cap for cap in caps if cap is not None), default=None)
 
 

@@ -27,6 +27,7 @@ from federation.models import (
     ServerOptimiser,
     Strategy,
 )
+from federation.privacy_policy import privacy_refusal
 from federation.strategies import StrategyError
 
 DEFAULT_POLICY_NAME = "default"
@@ -50,17 +51,14 @@ _COUNTS = {
 _MOST = 2**31 - 1
 _POSITIVE = ("server_learning_rate", "learning_rate", "bias_learning_rate", "max_delta_norm")
 _NOT_NEGATIVE = ("staleness_exponent", "proximal_mu", "personal_mu", "gate_minimum_gain")
-_PRIVACY = (
-    "differential_privacy", "target_epsilon", "clip_norm", "noise_multiplier", "adaptive_clipping", "epsilon_cap",
-    "epsilon_cap_learner", "sample_level_privacy", "upload_privacy",
-)  # fmt: skip
 
 
 class PolicyError(UsageError):
     """A policy that cannot be run; the message names the field and the allowed values.
 
     ``code``: ``bad_policy``, ``unknown_strategy``, ``unknown_parameter``, ``bad_parameter``, ``unknown_field``,
-    ``strategy_not_private``, ``sessions_need_tail``, ``not_available``, ``privacy_not_available``, ``only_restrictions``.
+    ``strategy_not_private``, ``sessions_need_tail``, ``not_available``, ``only_restrictions``, those of
+    ``privacy_refusal`` and of ``federation.rounds.private.privacy_of``.
     """
 
     default_code = "bad_policy"
@@ -250,15 +248,9 @@ class RoundPolicy:
 
     def _check_available(self) -> None:
         """Refuse what a policy may say and this version cannot do, rather than ignore it."""
-        asked = [name for name in _PRIVACY if getattr(self, name) is not None and getattr(self, name) is not False]
-        if self.sampling != Sampling.NONE:
-            asked.append("sampling")
-        if asked:
-            raise PolicyError(
-                _("Differential privacy is not available yet, and the policy asks for it: leave %(fields)s unset.")
-                % {"fields": ", ".join(asked)},
-                code="privacy_not_available",
-            )
+        refused = privacy_refusal(self)
+        if refused is not None:
+            raise PolicyError(refused[1], code=refused[0])
         if self.server_optimiser != ServerOptimiser.NONE:
             raise PolicyError(
                 _("server_optimiser %(given)s is not available; allowed: none") % {"given": self.server_optimiser},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -13,12 +13,13 @@ from aivo_site.errors import UsageError
 from federation import ledger, privacy_periods
 from federation.ledger_check import verify_ledger
 from federation.models import PrivacyLedgerEntry, PrivacyPeriod, RoundAttempt
-from federation.policies import default_policy
+from federation.policies import PolicyError, RoundPolicy, default_policy
 from federation.privacy.calibration import rounds_left, smallest_noise
 from federation.privacy.composition import ComposedResult
-from federation.privacy.release import AccountantError, Release, default_delta
+from federation.privacy.release import AccountantError, default_delta
 from federation.privacy.self_test import self_test
 from federation.privacy.statements import UNNOISED, statement_of
+from federation.rounds.private import privacy_of
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,24 @@ def history(period: PrivacyPeriod) -> list[dict[str, Any]]:
     ]
 
 
-def forecast(period: PrivacyPeriod, next_release: Release | None = None) -> dict[str, Any] | None:
-    """How many more rounds fit under the cap; null without a cap, or without a round to go by.
+def forecast(period: PrivacyPeriod) -> dict[str, Any] | None:
+    """How many more rounds of the installation's policy fit under the cap; null without a cap, or without a private policy.
 
-    Args:
-        next_release: what a round releases; None for what the last one did.
+    A policy that does not go with the period gives what is wrong with it in ``text``, and ``rounds`` null.
     """
-    caps = (period.epsilon_cap, default_policy().epsilon_cap)
-    cap = min((value for value in caps if value is not None), default=None)
-    rows = list(ledger.charges(period, like=ledger.CENTRAL))
-    if next_release is None and rows:
-        next_release = replace(ledger.release_of(rows[-1]), steps=1)
-    if cap is None or next_release is None:
+    policy = RoundPolicy.from_row(default_policy())
+    cap = ledger.lowest(period.epsilon_cap, policy.epsilon_cap, policy.target_epsilon)
+    if cap is None or not policy.differential_privacy:
         return None
-    found = rounds_left(ledger.releases_of(rows), next_release, cap, period.delta)
+    try:
+        policy.validate()
+        privacy = privacy_of(policy)
+    except PolicyError as error:
+        return {"rounds": None, "cap": cap, "text": str(error)}
+    if privacy is None:
+        return None
+    past = ledger.releases_of(ledger.charges(period, like=ledger.CENTRAL))
+    found = rounds_left(past, privacy.release, cap, period.delta)
     text = _("With these settings the budget of ε = %(cap)g lasts %(n)d more rounds.") % {"cap": cap, "n": found.rounds}
     return {**found.to_json(), "text": text}
 

@@ -359,7 +359,7 @@ def test_with_too_few_learners_there_is_no_job(engine: ShrinkingEngine) -> None:
 
 def test_a_service_that_is_asked_for_differential_privacy_refuses_instead_of_ignoring_it() -> None:
     version = make_version()
-    for strategy, code in (("weighted", "strategy_not_private"), ("fedavg", "privacy_not_available")):
+    for strategy, code in (("weighted", "strategy_not_private"), ("fedavg", "epsilon_too_large")):
         config = documented_config(version, enable_differential_privacy=True, aggregation_strategy=strategy)
         with pytest.raises(PolicyError) as refused:
             FederatedAggregationService(config).initialize()

@@ -21,7 +21,7 @@ from aivo_core.privacy import global_norm
 from federation import strategies
 from federation.models import AggregationRound, Contribution, RoundAttempt, RoundState, Verdict
 from federation.policies import RoundPolicy
-from federation.rounds import cohort, folding, intake, lifecycle, partial_sums
+from federation.rounds import cohort, folding, intake, lifecycle, partial_sums, private
 from federation.rounds.candidate import reserve_candidate
 from federation.rounds.cohort import DamagedContribution
 from federation.rounds.errors import RoundConflict, RoundSkipped
@@ -60,14 +60,17 @@ def aggregate_round(
         StrategyError: the strategy refuses.
     """
     while not sharing.should_stop():
+        privacy = private.privacy_of(policy)
         intake.recheck_consent(round_)
-        require_enough(policy, cohort.accepted_rows(round_).count())
+        if privacy is None:
+            require_enough(policy, cohort.accepted_rows(round_).count())
         if not _measured(round_, policy, sharing):
             continue
         members = weigh(round_, policy)
-        attempt = _begin_attempt(round_, policy, members)
+        attempt = _begin_attempt(round_, policy, members, privacy)
         stored = None
-        with _folded(round_, attempt, policy=policy, base=base, members=members, sharing=sharing) as result:
+        mechanism = None if privacy is None else privacy.mechanism()
+        with _folded(round_, attempt, policy=policy, base=base, members=members, sharing=sharing, mechanism=mechanism) as result:
             if result is not None:
                 stored = _write(round_, attempt, base, policy, result)
             if stored is not None and result is not None:
@@ -89,25 +92,40 @@ def require_enough(policy: RoundPolicy, count: int) -> None:
 
 def weigh(round_: AggregationRound, policy: RoundPolicy) -> list[Member]:
     """The accepted set in subject key order with its weights, which the contribution rows keep."""
-    rows = list(cohort.accepted_rows(round_).values_list("pk", "subject_key", "samples", "quality"))
-    strategy = strategies.get(policy.strategy)
-    quality = [NEUTRAL if row[3] is None else row[3] for row in rows] if strategy.info.uses_quality else None
-    try:
-        weights = strategy.weigh([row[2] for row in rows], quality=quality, parameters=policy.strategy_parameters)
-    except strategies.StrategyError as error:
-        if error.code == "zero_weight":
-            raise RoundSkipped(str(error), code=error.code) from error
-        raise
+    rows = list(cohort.accepted_rows(round_).values_list("pk", "subject_key", "samples", "quality", "norm"))
+    weights = _weights(policy, [row[2] for row in rows], [row[3] for row in rows])
     behind = lineage_of(round_.base_version)
     members: list[Member] = []
     for begin in range(0, len(rows), WEIGHED_TOGETHER):
         chunk = rows[begin : begin + WEIGHED_TOGETHER]
         deltas = cohort.delta_files([row[0] for row in chunk], behind=behind, exponent=policy.staleness_exponent)
-        for offset, (pk, subject_key, _samples, _quality) in enumerate(chunk):
-            members.append(Member(pk, subject_key, float(weights[begin + offset]), deltas[pk]))
-        weighed = [Contribution(pk=member.contribution, weight=member.weight) for member in members[begin:]]
-        Contribution.objects.bulk_update(weighed, ["weight"])
+        weighed = []
+        for offset, (pk, subject_key, _samples, _quality, norm) in enumerate(chunk):
+            members.append(Member(pk, subject_key, weights[begin + offset], deltas[pk]))
+            weighed.append(Contribution(pk=pk, weight=weights[begin + offset], clipped_norm=_clipped(norm, policy)))
+        Contribution.objects.bulk_update(weighed, ["weight", "clipped_norm"])
     return members
+
+
+def _weights(policy: RoundPolicy, samples: Sequence[int], quality: Sequence[float | None]) -> Sequence[float]:
+    """One weight per contribution; under differential privacy all are 1."""
+    if policy.differential_privacy:
+        return [1.0] * len(samples)
+    strategy = strategies.get(policy.strategy)
+    measured = [NEUTRAL if value is None else value for value in quality] if strategy.info.uses_quality else None
+    try:
+        weights = strategy.weigh(samples, quality=measured, parameters=policy.strategy_parameters)
+    except strategies.StrategyError as error:
+        if error.code == "zero_weight":
+            raise RoundSkipped(str(error), code=error.code) from error
+        raise
+    return [float(weight) for weight in weights]
+
+
+def _clipped(norm: float | None, policy: RoundPolicy) -> float | None:
+    if not policy.differential_privacy or norm is None or policy.clip_norm is None:
+        return None
+    return min(norm, policy.clip_norm)
 
 
 def set_digest(members: Sequence[Member], *, strategy: str, parameters: Mapping[str, Any], base: str) -> str:
@@ -199,6 +217,7 @@ def _folded(
     base: LoadedVersion,
     members: Sequence[Member],
     sharing: Sharing,
+    mechanism: PrivacyMechanism | None,
 ) -> Iterator[Aggregate | None]:
     """The attempt's update; None where a contribution was rejected or it was asked to stop: the attempt stays without a file.
 
@@ -207,7 +226,7 @@ def _folded(
     job = sharing.job
     if job is None or not partial_sums.worth_sharing(sharing, policy=policy, members=len(members)):
         try:
-            result = fold_contributions(policy=policy, base=base, members=members, progress=sharing.progress)
+            result = fold_contributions(policy=policy, base=base, members=members, progress=sharing.progress, mechanism=mechanism)
         except DamagedContribution as damaged:
             intake.reject(damaged.contribution, damaged.code, str(damaged))
             yield None
@@ -220,14 +239,18 @@ def _folded(
         return
     changed = reject_damaged(results) > 0 or any(partial_sums.CHANGED in entry for entry in results)
     try:
-        yield None if changed else partial_sums.merge(results, policy=policy, base=base)
+        yield None if changed else partial_sums.merge(results, policy=policy, base=base, mechanism=mechanism)
     finally:
         partial_sums.discard(job, round_)
 
 
-def _begin_attempt(round_: AggregationRound, policy: RoundPolicy, members: Sequence[Member]) -> RoundAttempt:
-    """The attempt's row, before anything is folded: where a private round will be charged."""
-    parameters = {**policy.strategy_parameters, "server_learning_rate": policy.server_learning_rate}
+def _begin_attempt(
+    round_: AggregationRound, policy: RoundPolicy, members: Sequence[Member], privacy: private.RoundPrivacy | None
+) -> RoundAttempt:
+    """The attempt's row, and with it a private round's charge, committed before anything is folded."""
+    parameters: dict[str, Any] = {**policy.strategy_parameters, "server_learning_rate": policy.server_learning_rate}
+    if privacy is not None:
+        parameters["mechanism"] = privacy.mechanism().identity
     digest = set_digest(members, strategy=policy.strategy, parameters=parameters, base=round_.base_version.version)
     with transaction.atomic():
         _check_owner(round_)
@@ -235,6 +258,7 @@ def _begin_attempt(round_: AggregationRound, policy: RoundPolicy, members: Seque
         return RoundAttempt.objects.create(
             round=round_,
             n=last + 1,
+            charge=None if privacy is None else privacy.charge(round_),
             set_digest=digest,
             contributions=len(members),
             weight_total=sum(member.weight for member in members),

@@ -10,6 +10,7 @@ from django.utils.translation import gettext as _
 from aivo_core.network import FloatArray
 from federation.models import AggregationRound, RoundAttempt
 from federation.policies import RoundPolicy
+from federation.rounds import private
 from federation.rounds.errors import RoundFailed
 from models_store import store, versions
 from models_store.models import MainModelVersion, VersionOrigin, VersionStatus
@@ -58,6 +59,8 @@ def publish_candidate(
 ) -> MainModelVersion:
     """Write the candidate's files and point its row to them; a candidate that has its files already stays as it is.
 
+    Files may be exported: a private round's say nothing of who took part, not even how many.
+
     Nothing in the files depends on the time, so that doing it again gives the same bytes.
 
     """
@@ -67,16 +70,14 @@ def publish_candidate(
     row.refresh_from_db()
     if row.status != VersionStatus.TRAINING:
         return row
-    metrics = training_metrics(round_, policy, samples)
+    metrics = training_metrics(round_, policy, None if policy.differential_privacy else samples)
     lineage: dict[str, Any] = {
         "origin": str(VersionOrigin.FEDERATED),
         "parent": base.version,
         "round": round_.sequence,
-        "attempt": attempt.n,
-        "set_digest": attempt.set_digest,
         "strategy": policy.strategy,
         "server_learning_rate": policy.server_learning_rate,
-        "contributions": attempt.contributions,
+        **_who_took_part(round_, attempt, policy),
     }
     files = store.write_version_files(
         version=row.version,
@@ -100,7 +101,13 @@ def publish_candidate(
     return row
 
 
-def training_metrics(round_: AggregationRound, policy: RoundPolicy, samples: int) -> dict[str, Any]:
+def _who_took_part(round_: AggregationRound, attempt: RoundAttempt, policy: RoundPolicy) -> dict[str, Any]:
+    if policy.differential_privacy:
+        return {"privacy": private.described(round_)}
+    return {"attempt": attempt.n, "set_digest": attempt.set_digest, "contributions": attempt.contributions}
+
+
+def training_metrics(round_: AggregationRound, policy: RoundPolicy, samples: int | None) -> dict[str, Any]:
     """What the row and the manifest say: the gate's figures of the candidate; null where the gate had no evidence."""
     figures = round_.gate.get("metrics", {}).get("candidate") or {}
     return {
@@ -132,16 +139,27 @@ def _card(row: MainModelVersion, round_: AggregationRound, attempt: RoundAttempt
         (
             f"# {row.version}",
             "",
-            _("Made by round %(round)d from %(base)s: %(n)d contributions, strategy %(strategy)s, server learning rate %(rate)g.")
-            % {
-                "round": round_.sequence,
-                "base": round_.base_version.version,
-                "n": attempt.contributions,
-                "strategy": policy.strategy,
-                "rate": policy.server_learning_rate,
-            },
+            _made_by(round_, attempt, policy),
             measured,
             _("Only the tail differs from the base version; trunk, normalisation statistics and encoder are the base's own."),
             "",
         )
     )
+
+
+def _made_by(round_: AggregationRound, attempt: RoundAttempt, policy: RoundPolicy) -> str:
+    values = {
+        "round": round_.sequence,
+        "base": round_.base_version.version,
+        "n": attempt.contributions,
+        "strategy": policy.strategy,
+        "rate": policy.server_learning_rate,
+    }
+    privacy = private.described(round_)
+    if privacy is None:
+        return (
+            _("Made by round %(round)d from %(base)s: %(n)d contributions, strategy %(strategy)s, server learning rate %(rate)g.")
+            % values
+        )
+    made = _("Made by round %(round)d from %(base)s: strategy %(strategy)s, server learning rate %(rate)g.") % values
+    return f"{made} {privacy['statement']}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -38,6 +38,7 @@ class Exclusion(TextChoices):
     STALE = "stale", _("last trained too long ago")
     TOO_FEW_SAMPLES = "too_few_samples", _("too few samples")
     NOTHING_TO_CONTRIBUTE = "nothing_to_contribute", _("no training since the last contribution")
+    PRIVACY_BUDGET_SPENT = "privacy_budget_spent", _("the learner's privacy budget is spent")
     TOO_MANY_VERSIONS_BEHIND = "too_many_versions_behind", _("what was trained is too many versions behind")
 
 
@@ -91,13 +92,26 @@ class Selection:
         return dict(sorted(Counter(verdict.reason_code for verdict in self.verdicts if not verdict.eligible).items()))
 
 
-def select_learners(*, policy: RoundPolicy, base: MainModelVersion, now: datetime | None = None) -> Selection:
+def select_learners(
+    *,
+    policy: RoundPolicy,
+    base: MainModelVersion,
+    now: datetime | None = None,
+    budget_spent: Callable[[Learner], bool] | None = None,
+) -> Selection:
     """Decide for every learner of the federated pool whether it may contribute to a round from ``base``.
 
     ``max_stale_days`` counts from the learner's last PERSONAL session, whatever the contribution source.
+
+    Args:
+        budget_spent: of a private round: who has no privacy budget left.
     """
-    context = _Context.of(policy, base, now or timezone.now())
+    context = _Context.of(policy, base, now or timezone.now(), budget_spent or _unlimited)
     return Selection(tuple(_verdict(learner, context) for learner in _pool().iterator(chunk_size=CHUNK)))
+
+
+def _unlimited(_learner: Learner) -> bool:
+    return False
 
 
 def consent_refusal(learner: Learner | None) -> str:
@@ -120,9 +134,10 @@ class _Context:
     left_out: frozenset[UUID]
     trained_after: datetime
     sessions: Mapping[UUID, list[tuple[UUID, int, UUID]]]
+    budget_spent: Callable[[Learner], bool]
 
     @classmethod
-    def of(cls, policy: RoundPolicy, base: MainModelVersion, now: datetime) -> _Context:
+    def of(cls, policy: RoundPolicy, base: MainModelVersion, now: datetime, budget_spent: Callable[[Learner], bool]) -> _Context:
         behind = lineage_of(base)
         left_out = FederationPolicy.objects.filter(organisation__isnull=False, participates=False)
         return cls(
@@ -133,6 +148,7 @@ class _Context:
             left_out=frozenset(left_out.values_list("organisation_id", flat=True)),
             trained_after=now - timedelta(days=policy.max_stale_days),
             sessions=_waiting_sessions() if policy.contribution_source == ContributionSource.SESSIONS else {},
+            budget_spent=budget_spent,
         )
 
 
@@ -182,6 +198,7 @@ def _verdict(learner: Any, context: _Context) -> LearnerVerdict:
 def _refusals(learner: Any, model: Any, context: _Context) -> Iterator[str]:
     """Reason codes in the order in which they are asked, empty where there is nothing to refuse."""
     yield consent_refusal(learner)
+    yield Exclusion.PRIVACY_BUDGET_SPENT if context.budget_spent(learner) else ""
     yield Exclusion.ORGANISATION_LEFT_OUT if learner.organisation_id in context.left_out else ""
     if model is None:
         yield Exclusion.NO_MODEL

@@ -16,12 +16,12 @@ from aivo_site.jobs.shards import ShardContext, ShardPlan
 from federation import strategies
 from federation.models import AggregationRound, RoundAttempt, RoundState
 from federation.policies import RoundPolicy
-from federation.rounds import cohort, folding, sharing
+from federation.rounds import cohort, folding, private, sharing
 from federation.rounds.cohort import BLOCK, DamagedContribution
 from federation.rounds.folding import Member
 from federation.rounds.lineage import lineage_of
 from federation.rounds.sharing import AGGREGATE, AGGREGATION_KIND, RoundShard, Sharing, damage, phase
-from federation.strategies.base import Aggregate
+from federation.strategies.base import Aggregate, PrivacyMechanism
 from models_store.partial_sums import delete_partial_sums, read_partial_sums, write_partial_sums
 from models_store.store import LoadedVersion
 
@@ -75,6 +75,8 @@ def aggregate_shard(context: ShardContext) -> dict[str, Any]:
     if members_digest(members) != params["digest"]:
         return {CHANGED: True}
     strategy = strategies.get_fold(shard.policy.strategy)
+    privacy = private.privacy_of(shard.policy)
+    mechanism = None if privacy is None else privacy.mechanism()
 
     def told(done: int, _total: int) -> None:
         shard.step(done)
@@ -86,6 +88,7 @@ def aggregate_shard(context: ShardContext) -> dict[str, Any]:
             spec=shard.base.spec,
             parameters=shard.policy.strategy_parameters,
             first_block=params["first_block"],
+            mechanism=mechanism,  # it clips; the noise is drawn once, by who adds the files
             progress=told,
         )
     except DamagedContribution as damaged:
@@ -99,14 +102,19 @@ def aggregate_shard(context: ShardContext) -> dict[str, Any]:
     return {"path": stored.path, "sha256": stored.sha256}
 
 
-def merge(results: Sequence[Mapping[str, Any]], *, policy: RoundPolicy, base: LoadedVersion) -> Aggregate:
+def merge(
+    results: Sequence[Mapping[str, Any]], *, policy: RoundPolicy, base: LoadedVersion, mechanism: PrivacyMechanism | None = None
+) -> Aggregate:
     """The update, from the files of all shards in block order; one file is held at a time.
+
+    Args:
+        mechanism: draws the noise; the shards have clipped with one of the same identity.
 
     Raises:
         StoreError: a file cannot be read. StrategyError: as the fold's ``finish``.
     """
     strategy = strategies.get_fold(policy.strategy)
-    fold = strategy.start(base.spec.tail_size, parameters=policy.strategy_parameters)
+    fold = strategy.start(base.spec.tail_size, mechanism=mechanism, parameters=policy.strategy_parameters)
     for result in results:
         tensors = read_partial_sums(path=result["path"], sha256=result["sha256"])
         fold.add_blocks(strategies.blocks_from_tensors(tensors))

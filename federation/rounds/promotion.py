@@ -17,7 +17,7 @@ from aivo_site.audit import services as audit
 from aivo_site.jobs import services as jobs
 from federation.models import AggregationRound, Contribution, FederatedUpdate, ModelTrainingSession, RoundState, Verdict
 from federation.policies import RoundPolicy
-from federation.rounds import intake, lifecycle
+from federation.rounds import intake, lifecycle, private
 from federation.rounds.cohort import accepted_rows
 from federation.rounds.errors import BadDecision, NotPromotable, RoundConflict, RoundFailed
 from models_store import versions
@@ -196,6 +196,7 @@ def _record_update(round_: AggregationRound, candidate: MainModelVersion, metada
         aggregation_strategy=policy.strategy,
         contributing_learners=contributors,
         performance_improvement=round_.performance_improvement or 0.0,
+        privacy_budget=private.epsilon_of(round_),
         metadata={**metadata, "measured": round_.performance_improvement is not None},
     )
     accepted = Contribution.objects.filter(round=round_, verdict=Verdict.ACCEPTED)

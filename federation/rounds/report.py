@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from federation.models import AggregationRound, Contribution, Verdict
+from federation.rounds import private
 
 
 def describe_round(round_: AggregationRound) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def describe_round(round_: AggregationRound) -> dict[str, Any]:
         "metrics": {"current": metrics.get("current"), "candidate": metrics.get("candidate")},
         "performance_improvement": round_.performance_improvement,
         "gate": round_.gate or None,
-        "privacy": None,
+        "privacy": private.described(round_),
     }
 
 

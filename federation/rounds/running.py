@@ -6,7 +6,7 @@ leaves the round in that state, and the next run does the step again: what was d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +20,15 @@ from aivo_site.jobs.models import Job
 from federation import engines
 from federation.models import AggregationRound, ContributionSource, PromotionMode, RoundState
 from federation.policies import RoundPolicy
-from federation.rounds import candidate, cohort, evidence, intake, lifecycle, promotion, sharing
+from federation.rounds import candidate, cohort, evidence, intake, lifecycle, private, promotion, sharing
 from federation.rounds.aggregation import aggregate_of, aggregate_round, require_enough
-from federation.rounds.eligibility import Selection, select_learners
+from federation.rounds.eligibility import LearnerVerdict, Selection, select_learners
 from federation.rounds.errors import RoundConflict, RoundFailed, RoundSkipped, RoundStopped
 from federation.rounds.report import describe_round
 from federation.rounds.sharing import Sharing
 from federation.strategies import StrategyError
 from models_store import store, versions
+from models_store.models import MainModelVersion
 from models_store.store import LoadedVersion
 
 Progress = Callable[[int, int, str], None]
@@ -102,6 +103,7 @@ def run_round(
         RoundStopped: the run was asked to stop.
     """
     policy.validate()
+    private.privacy_of(policy)
     base = versions.active_version()
     if policy.contribution_source == ContributionSource.ROUND:
         spec = NetworkSpec.from_json(base.architecture)
@@ -126,7 +128,8 @@ def preview_round(*, policy: RoundPolicy) -> Selection:
         UsageError, NoMainModel: as ``run_round``.
     """
     policy.validate()
-    return select_learners(policy=policy, base=versions.active_version())
+    privacy = private.privacy_of(policy)
+    return _selection(policy, versions.active_version(), privacy)
 
 
 def _drive(run: RoundRun, job: Job | None) -> None:
@@ -166,18 +169,26 @@ def _check_may_go_on(run: RoundRun, job: Job | None) -> None:
 
 
 def _select(run: RoundRun) -> None:
-    selection = select_learners(policy=run.policy, base=run.round.base_version)
-    chosen = selection.eligible
+    privacy = private.privacy_of(run.policy)
+    selection = _selection(run.policy, run.round.base_version, privacy)
+    chosen: Sequence[LearnerVerdict] = selection.eligible
     fields: dict[str, Any] = {"eligible": len(chosen), "excluded": selection.excluded}
     try:
         require_enough(run.policy, len(chosen))
     except RoundSkipped as error:
         lifecycle.finish(run.round, to=RoundState.SKIPPED, code=error.code, reason=str(error), actor=run.actor, **fields)
         return
+    if privacy is not None:
+        privacy.check_may_begin()
+        chosen = privacy.draw(chosen)
     fresh = run.policy.contribution_source == ContributionSource.ROUND
     with transaction.atomic():
         cohort.create_cohort(run.round, chosen, run.policy)
         lifecycle.advance(run.round, to=RoundState.TRAINING if fresh else RoundState.INTAKE, **fields)
+
+
+def _selection(policy: RoundPolicy, base: MainModelVersion, privacy: private.RoundPrivacy | None) -> Selection:
+    return select_learners(policy=policy, base=base, budget_spent=None if privacy is None else privacy.budget_spent())
 
 
 def _train(run: RoundRun) -> None:
@@ -203,8 +214,9 @@ def _intake(run: RoundRun) -> None:
     if done is None:
         _stopped(run)
         return
-    intake.quarantine_outliers(run.round, run.policy)
-    require_enough(run.policy, cohort.accepted_rows(run.round).count())
+    if not run.policy.differential_privacy:  # a private round goes on whoever came: rules that look at the cohort have no bound
+        intake.quarantine_outliers(run.round, run.policy)
+        require_enough(run.policy, cohort.accepted_rows(run.round).count())
     lifecycle.advance(run.round, to=RoundState.AGGREGATING)
 
 

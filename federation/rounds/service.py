@@ -15,7 +15,7 @@ from aivo_site.jobs import services as jobs
 from aivo_site.jobs.models import Job
 from federation.models import AggregationRound
 from federation.policies import RoundPolicy, default_policy
-from federation.rounds import lifecycle, promotion, rebase
+from federation.rounds import lifecycle, private, promotion, rebase
 from federation.rounds.cohort import accepted_rows
 from federation.rounds.report import describe_round
 from federation.rounds.running import DEFAULT_ACTOR, Progress, preview_round, run_round
@@ -51,6 +51,7 @@ def policy_with(overrides: Mapping[str, Any]) -> RoundPolicy:
         raise UsageError(text % {"allowed": ", ".join(OVERRIDES), "given": ", ".join(unknown)}, code="unknown_override")
     policy = replace(RoundPolicy.from_row(default_policy()), **overrides)
     policy.validate()
+    private.privacy_of(policy)
     return policy
 
 

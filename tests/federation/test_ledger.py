@@ -245,6 +245,7 @@ def test_an_untouched_ledger_verifies() -> None:
         ("sampling", "fixed_size", {"altered", "unreadable"}),
         ("clip_norm", 5.0, {"altered"}),
         ("override_reason", "it was agreed", {"altered"}),
+        ("created_at", "2020-01-01 00:00:00", {"altered"}),
     ],
 )
 def test_a_row_that_was_altered_is_named(field: str, value: Any, codes: set[str]) -> None:

@@ -588,10 +588,16 @@ def test_without_a_main_model_the_command_exits_1(engine: ShrinkingEngine, capsy
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "no_main_model"
 
 
-def test_a_policy_that_asks_for_privacy_is_refused(engine: ShrinkingEngine) -> None:
+def test_a_policy_that_asks_for_privacy_in_local_training_is_refused(engine: ShrinkingEngine) -> None:
     made = world(learners=1)
-    set_policy(differential_privacy=True)
     with pytest.raises(PolicyError) as caught:
-        train(policy=RoundPolicy(differential_privacy=True))
+        train(policy=RoundPolicy(sample_level_privacy=True))
     assert caught.value.code == "privacy_not_available"
     assert made.model(0).version == 1
+
+
+def test_private_rounds_change_nothing_for_a_learners_own_training(engine: ShrinkingEngine) -> None:
+    made = world(learners=1)
+    set_policy(differential_privacy=True, clip_norm=1.0, noise_multiplier=1.0)
+    train(policy=None)
+    assert made.model(0).version == 2

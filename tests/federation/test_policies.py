@@ -78,6 +78,7 @@ def test_personal_training_has_its_own_proximal_term_unless_its_sessions_are_con
     assert RoundPolicy(contribution_source="sessions", strategy="fedavg").personal_config().proximal_mu == 0.0
 
 
+PRIVATE = {"differential_privacy": True, "clip_norm": 1.0, "noise_multiplier": 1.0}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"strategy": "fedsum"}, "unknown_strategy", "fedavg, fedprox, weighted"),
     ({"strategy_parameters": {"beta": 0.1}}, "unknown_parameter", "beta"),
@@ -109,13 +110,29 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"guarded_metrics": {"accuracy": 0.1}}, "bad_policy", "total, content, path, score"),
     ({"guarded_metrics": {"total": -0.1}}, "bad_policy", "guarded_metrics.total"),
     ({"max_samples": 20, "min_samples": 50}, "bad_policy", "max_samples"),
-    ({"differential_privacy": True}, "privacy_not_available", "differential_privacy"),
-    ({"target_epsilon": 8.0}, "privacy_not_available", "target_epsilon"),
-    ({"noise_multiplier": 0.1}, "privacy_not_available", "noise_multiplier"),
-    ({"noise_multiplier": 0.0}, "privacy_not_available", "noise_multiplier"),
-    ({"clip_norm": 1.0}, "privacy_not_available", "clip_norm"),
-    ({"sampling": "poisson"}, "privacy_not_available", "sampling"),
+    ({"target_epsilon": 8.0}, "needs_privacy", "target_epsilon"),
+    ({"noise_multiplier": 0.1}, "needs_privacy", "noise_multiplier"),
+    ({"noise_multiplier": 0.0}, "needs_privacy", "noise_multiplier"),
+    ({"clip_norm": 1.0}, "needs_privacy", "clip_norm"),
+    ({"sampling": "poisson"}, "needs_privacy", "sampling"),
     ({"sample_level_privacy": True}, "privacy_not_available", "sample_level_privacy"),
+    ({"upload_privacy": True}, "privacy_not_available", "upload_privacy"),
+    ({"epsilon_cap": 0.0}, "privacy_incomplete", "epsilon_cap must be a positive number"),
+    ({"epsilon_cap_learner": float("nan")}, "privacy_incomplete", "epsilon_cap_learner"),
+    ({"differential_privacy": True}, "privacy_incomplete", "clip_norm"),
+    ({"differential_privacy": True, "clip_norm": 1.0}, "privacy_incomplete", "target_epsilon or noise_multiplier"),
+    ({**PRIVATE, "target_epsilon": 8.0}, "privacy_incomplete", "not both"),
+    ({**PRIVATE, "clip_norm": 0.0}, "privacy_incomplete", "clip_norm must be a positive number"),
+    ({**PRIVATE, "clip_norm": float("inf")}, "privacy_incomplete", "clip_norm"),
+    ({**PRIVATE, "noise_multiplier": 0.0}, "privacy_incomplete", "without noise epsilon is infinite"),
+    ({**PRIVATE, "noise_multiplier": -1.0}, "privacy_incomplete", "noise_multiplier"),
+    ({**PRIVATE, "noise_multiplier": float("nan")}, "privacy_incomplete", "noise_multiplier"),
+    ({**PRIVATE, "noise_multiplier": 0.1}, "epsilon_too_large", "epsilon_override_reason"),
+    ({**PRIVATE, "noise_multiplier": None, "target_epsilon": 51.0}, "epsilon_too_large", "target_epsilon"),
+    ({**PRIVATE, "noise_multiplier": None, "target_epsilon": -1.0}, "privacy_incomplete", "target_epsilon"),
+    ({**PRIVATE, "sampling": "fixed_size"}, "privacy_not_available", "none, poisson"),
+    ({**PRIVATE, "adaptive_clipping": True}, "privacy_not_available", "adaptive_clipping"),
+    ({**PRIVATE, "sampling": "poisson", "contribution_source": "sessions"}, "not_private", "contribution_source must be round"),
 ]  # fmt: skip
 
 
@@ -126,6 +143,17 @@ def test_what_cannot_be_run_is_refused_by_field_and_allowed_values(values: dict[
     assert caught.value.code == code
     assert text in str(caught.value)
     assert isinstance(caught.value, UsageError)
+
+
+def test_settings_of_privacy_that_go_together_are_accepted() -> None:
+    for values in (
+        PRIVATE,
+        {**PRIVATE, "sampling": "poisson"},
+        {**PRIVATE, "contribution_source": "sessions", "strategy": "fedavg"},
+        {**PRIVATE, "noise_multiplier": None, "target_epsilon": 8.0, "epsilon_cap": 8.0, "epsilon_cap_learner": 4.0},
+        {**PRIVATE, "noise_multiplier": 0.1, "epsilon_override_reason": "a trial without children"},
+    ):
+        replace(RoundPolicy(), **values).validate()
 
 
 @pytest.mark.django_db

@@ -14,7 +14,7 @@ from federation.privacy.composition import compose
 from federation.privacy.release import Release
 from federation.privacy.self_test import Check, SelfTest
 from federation.privacy.statements import UNNOISED, statement_of
-from tests.federation.rounds_world import make_world, person
+from tests.federation.rounds_world import make_world, person, set_policy
 from tests.federation.test_ledger import alter, begin, charge
 from tests.learners.test_commands import run, run_json
 
@@ -30,6 +30,7 @@ def test_an_installation_without_privacy_says_so() -> None:
 
 
 def test_the_report_says_what_was_spent_for_whom_and_how_long_the_budget_lasts() -> None:
+    set_policy(differential_privacy=True, clip_norm=0.5, noise_multiplier=1.0, sampling="poisson")
     period = begin(rate=Fraction(1, 10), epsilon_cap=4.0)
     person("early")
     for _ in range(3):
@@ -125,3 +126,13 @@ def test_the_status_of_the_federation_says_what_the_open_period_has_spent() -> N
     found = run_json("federation_status")["privacy"]
     assert (found["period"], found["entries"], found["epsilon_cap"], found["delta"]) == (1, 1, 8.0, period.delta)
     assert found["epsilon"] == row.epsilon_total
+
+
+def test_there_is_a_forecast_only_of_a_policy_that_goes_with_the_period() -> None:
+    begin(epsilon_cap=4.0)
+    assert run_json("privacy_report")["forecast"] is None
+    set_policy(differential_privacy=True, clip_norm=0.5, noise_multiplier=9.0, sampling="poisson")
+    found = run_json("privacy_report", "--forecast")["forecast"]
+    assert found["rounds"] is None and "sampling must be none" in found["text"]
+    set_policy(sampling="none")
+    assert run_json("privacy_report")["forecast"]["rounds"] > 1

@@ -58,7 +58,11 @@ def _lines(result: Mapping[str, Any], *, forecast: bool) -> list[str]:
     if result["epsilon_lifetime"] is not None:
         lines.append(_("Over all periods: ε = %.4g.") % result["epsilon_lifetime"])
     if forecast:
-        lines.append(result["forecast"]["text"] if result["forecast"] else _("No forecast: there is no cap, or no round yet."))
+        lines.append(
+            result["forecast"]["text"]
+            if result["forecast"]
+            else _("No forecast: there is no cap, or no policy with differential privacy.")
+        )
     for entry in result["calibration"] or ():
         text = _(
             "ε = %(target)g over %(rounds)d rounds at rate %(rate)s: noise multiplier %(noise_multiplier).4f (ε = %(epsilon).4f)"

@@ -109,6 +109,8 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
         ]
     if result["performance_improvement"] is not None:
         lines.append(_("  performance improvement %.3f %%") % (100.0 * result["performance_improvement"]))
+    if result["privacy"] and result["privacy"].get("statement"):
+        lines.append(_("  epsilon %(epsilon).4g, of the period so far %(epsilon_period).4g: %(statement)s") % result["privacy"])
     if result.get("rebase"):
         lines.append(_("  rebased %(rebased)d learners' models, lambda %(by_lambda)s") % result["rebase"])
     return lines
