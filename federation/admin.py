@@ -158,7 +158,7 @@ class _ReadOnlyInline(TabularInline):  # type: ignore[misc]
 
 class RoundAttemptInline(_ReadOnlyInline):
     model = RoundAttempt
-    fields = ("n", "contributions", "weight_total", "aggregate_norm", "set_digest", "created_at")
+    fields = ("n", "charge", "contributions", "weight_total", "aggregate_norm", "set_digest", "created_at")
 
 
 @admin.register(AggregationRound)

@@ -31,7 +31,7 @@ class ManagerError(UsageError):
     """A configuration, update or path that the manager refuses; the message names the field and what is allowed.
 
     ``code``: ``bad_config``, ``unknown_field``, ``privacy_not_available``, ``no_updates``, ``different_bases``,
-    ``duplicate_learner``, ``wrong_shape``, ``not_finite``, ``bad_path``, codes of ``StrategyError``.
+    ``duplicate_learner``, ``privacy_period_open``, ``wrong_shape``, ``not_finite``, ``bad_path``, codes of ``StrategyError``.
     """
 
     default_code = "bad_config"

@@ -25,6 +25,7 @@ from federation import engines, strategies
 from federation.errors import LocalTrainingError, ManagerError
 from federation.learner_preparation import why_not, why_not_model
 from federation.privacy import accountant
+from federation.privacy_periods import current_period
 from federation.rounds.candidate import candidate_tail
 from federation.strategies import StrategyError
 from models_store import store, versions
@@ -191,11 +192,15 @@ class FederatedLearningManager:
             learning_rate: the server's, positive.
 
         Raises:
-            ManagerError: a rate that is not positive, an update of another shape or base or with a number that is not finite.
+            ManagerError: a rate that is not positive, an update of another shape or base or with a number that is not finite;
+                ``privacy_period_open``: what is made here is not charged, and would belie the period's ε.
             UnknownVersion: ``path`` names none. RoundFailed: ``not_finite``: the moved tail does not fit into float32.
         """
         if not 0.0 < learning_rate < float("inf"):
             raise ManagerError(_("learning_rate must be a positive number, not %s") % learning_rate)
+        if current_period() is not None:
+            text = _("A privacy period is open: only a round, which is charged, may make a version of learners' updates.")
+            raise ManagerError(text, code="privacy_period_open")
         parent = versions.resolve_version(path)
         base = store.load_version(parent)
         update = _checked_weights(weights, base)

@@ -21,8 +21,9 @@ from aivo_core.privacy import global_norm
 from aivo_site.audit.models import AuditEvent
 from aivo_site.errors import UsageError
 from federation import privacy_periods, strategies
-from federation.errors import PeriodError
+from federation.errors import ManagerError, PeriodError
 from federation.ledger_check import verify_ledger
+from federation.manager import FederatedLearningManager
 from federation.models import (
     AggregationRound,
     Contribution,
@@ -613,3 +614,11 @@ def test_a_norm_far_above_the_cohorts_is_not_quarantined_in_a_private_round(
     run()
     assert not called and not Contribution.objects.filter(verdict=Verdict.QUARANTINED).exists()
     assert MainModelVersion.objects.count() == 2
+
+
+@pytest.mark.django_db
+def test_no_version_is_made_past_the_ledger_while_a_period_is_open() -> None:
+    private_world()
+    with pytest.raises(ManagerError) as refused:
+        FederatedLearningManager().update_main_model("aivo-main-v1", np.zeros(SMALL.tail_size, np.float32))
+    assert refused.value.code == "privacy_period_open" and MainModelVersion.objects.count() == 1
