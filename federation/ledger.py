@@ -137,7 +137,7 @@ def release_of(entry: PrivacyLedgerEntry) -> Release:
             "steps": entry.steps,
             "adjacency": str(entry.adjacency),
             "sampling": str(entry.sampling),
-            "unit": units[str(entry.unit)],
+            "unit": units.get(str(entry.unit), str(entry.unit)),
         }
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from math import isclose
 from typing import Any
 from uuid import UUID
@@ -11,11 +12,15 @@ from uuid import UUID
 from django.utils.translation import gettext as _
 
 from aivo_site.audit.models import AuditEvent
+from federation import privacy_periods
 from federation.ledger import ACTION, digest_of, release_of
 from federation.models import PrivacyLedgerEntry, PrivacyPeriod
 from federation.privacy.accountant import AccountantError
 from federation.privacy.composition import compose
 from federation.privacy.release import Release
+
+Past = dict[tuple[UUID, str, str], dict[UUID | None, Counter[Release]]]
+"""What was charged before a row: by period, unit and adjacency, then by subject key, each kind of release with its steps."""
 
 SAME = 1e-9
 """Relative difference of an ε computed again that rounding explains."""
@@ -28,7 +33,8 @@ class LedgerProblem:
     """One row that does not say what was charged.
 
     ``code``: ``missing``, ``altered`` (not what the audit log has the hash of), ``not_in_audit_log``, ``wrong_epsilon``,
-    ``wrong_period`` (δ, rate or population are not the period's), ``unreadable``.
+    ``wrong_period`` (δ or rate are not the period's), ``altered_period`` (a period is not what the audit log says it declared;
+    ``sequence`` is 0), ``unreadable``.
     """
 
     sequence: int
@@ -59,9 +65,9 @@ def verify_ledger() -> LedgerVerification:
     """
     digests = _audited()
     periods = {period.pk: period for period in PrivacyPeriod.objects.all()}
-    past: dict[tuple[UUID, str, str], list[tuple[UUID | None, Release]]] = {}
-    problems: list[LedgerProblem] = []
-    count = entries = sequence = 0
+    past: Past = {}
+    problems = list(_altered_periods(periods.values()))
+    count, entries, sequence = len(problems), 0, 0
     for entry in PrivacyLedgerEntry.objects.order_by("sequence").iterator(chunk_size=2000):
         found = [*_missing(sequence, entry.sequence), *_problems(entry, periods[entry.period_id], digests, past)]
         count += len(found)
@@ -70,6 +76,22 @@ def verify_ledger() -> LedgerVerification:
         sequence = entry.sequence
     rest = list(_missing(sequence, max([sequence, *digests]) + 1))
     return LedgerVerification(entries, count + len(rest), [*problems, *rest][:_SHOWN])
+
+
+def _charged(past: Past, entry: PrivacyLedgerEntry) -> dict[UUID | None, Counter[Release]]:
+    return past.setdefault((entry.period_id, str(entry.unit), str(entry.adjacency)), defaultdict(Counter))
+
+
+def _altered_periods(periods: Iterable[PrivacyPeriod]) -> Iterator[LedgerProblem]:
+    declared = {
+        str(event.object_id): event.data for event in AuditEvent.objects.filter(action=privacy_periods.BEGUN).order_by("sequence")
+    }
+    for period in periods:
+        data = declared.get(str(period.pk))
+        names = [name for name in privacy_periods.DECLARED if data is None or data.get(name) != getattr(period, name)]
+        if names:
+            text = _("period %(n)d: the audit log says otherwise of %(names)s") % {"n": period.number, "names": ", ".join(names)}
+            yield LedgerProblem(0, "altered_period", text)
 
 
 def _audited() -> dict[int, str]:
@@ -86,7 +108,7 @@ def _problems(
     entry: PrivacyLedgerEntry,
     period: PrivacyPeriod,
     digests: Mapping[int, str],
-    past: dict[tuple[UUID, str, str], list[tuple[UUID | None, Release]]],
+    past: Past,
 ) -> Iterator[LedgerProblem]:
     def problem(code: str, message: str) -> LedgerProblem:
         return LedgerProblem(entry.sequence, code, _("entry %(n)d: %(what)s") % {"n": entry.sequence, "what": message})
@@ -105,10 +127,11 @@ def _problems(
         yield problem("wrong_period", _("the rate is %(own)s, the period's is %(period)s") % rates)
     try:
         release = release_of(entry)
-        before = past.setdefault((entry.period_id, str(entry.unit), str(entry.adjacency)), [])
-        mine = [other for subject, other in before if subject is None or subject == entry.subject_key]
-        before.append((entry.subject_key, release))
-        alone, total = compose([release], entry.delta), compose([*mine, release], entry.delta)
+        charged = _charged(past, entry)
+        charged[entry.subject_key][replace(release, steps=1)] += release.steps
+        mine = charged[None] if entry.subject_key is None else charged[None] + charged[entry.subject_key]
+        alone = compose([release], entry.delta)
+        total = compose([replace(kind, steps=steps) for kind, steps in mine.items()], entry.delta)
     except AccountantError as error:
         yield problem("unreadable", str(error))
         return

@@ -24,6 +24,13 @@ from federation.privacy.release import AccountantError, check_delta, check_epsil
 from learners.models import Learner, Pool
 
 MOST = 2**31 - 1
+BEGUN, ENDED = "privacy_period.begun", "privacy_period.ended"
+"""Actions in the audit log."""
+
+DECLARED = (
+    "population", "delta", "q_num", "q_den", "expected_cohort", "planned_rounds", "epsilon_cap", "epsilon_cap_learner", "meaning",
+)  # fmt: skip
+"""What a period declares, as the audit log keeps it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +132,7 @@ def begin_period(*, terms: PeriodTerms, meaning: str, actor: str) -> PrivacyPeri
                 raise _is_open()
             last = PrivacyPeriod.objects.aggregate(last=Max("number"))["last"] or 0
             period = PrivacyPeriod.objects.create(number=last + 1, started_at=timezone.now(), meaning=meaning.strip(), **values)
-            _record("privacy_period.begun", period, actor, {**values, "meaning": period.meaning})
+            _record(BEGUN, period, actor, {name: getattr(period, name) for name in DECLARED})
     except IntegrityError as error:
         raise _is_open() from error
     return period
@@ -145,7 +152,7 @@ def end_period(*, reason: str, actor: str) -> PrivacyPeriod:
         _check_no_round()
         period.ended_at = timezone.now()
         period.save(update_fields=["ended_at", "updated_at"])
-        _record("privacy_period.ended", period, actor, {"reason": reason.strip()})
+        _record(ENDED, period, actor, {"reason": reason.strip()})
     return period
 
 

@@ -37,13 +37,14 @@ class Calibrate:
 
 
 def privacy_report(
-    *, with_self_test: bool = False, with_verification: bool = False, calibrate: Calibrate | None = None
+    *, with_self_test: bool = False, with_verification: bool = False, with_pld: bool = True, calibrate: Calibrate | None = None
 ) -> dict[str, Any]:
     """The JSON object of the command ``privacy_report``; what does not exist, or was not asked for, is null.
 
     Args:
         with_self_test: check this installation's mechanisms and figures; takes seconds.
         with_verification: compute every row of the ledger again.
+        with_pld: also the tighter figure of the second accountant; takes seconds.
 
     Raises:
         UsageError: a calibration that cannot be answered.
@@ -54,7 +55,7 @@ def privacy_report(
         "entries": PrivacyLedgerEntry.objects.count(),
         "delta": None if period is None else period.delta,
         "period": None if period is None else _described(period),
-        **_figures(period),
+        **_figures(period, with_pld=with_pld),
         "forecast": None if period is None else forecast(period),
         "self_test": self_test().to_json() if with_self_test else None,
         "verified": None if verification is None else verification.verified,
@@ -132,7 +133,7 @@ def _calibration(target: float, *, delta: float, rate: Fraction, rounds: int) ->
     return {"target": target, "noise_multiplier": found.z, "rounds": rounds, "rate": str(rate), **_shown(found.composed)}
 
 
-def _figures(period: PrivacyPeriod | None) -> dict[str, Any]:
+def _figures(period: PrivacyPeriod | None, *, with_pld: bool) -> dict[str, Any]:
     last = PrivacyPeriod.objects.first()
     if last is None:
         return {"epsilon_federation": None, "epsilon_learner_max": None, "epsilon_lifetime": None, "statements": []}
@@ -141,11 +142,12 @@ def _figures(period: PrivacyPeriod | None) -> dict[str, Any]:
         return {"epsilon_federation": None, "epsilon_learner_max": None, "epsilon_lifetime": lifetime.epsilon, "statements": []}
     federation = ledger.federation_epsilon(period, delta=period.delta)
     seeing = ledger.federation_epsilon(period, delta=period.delta, seeing_cohort=True)
-    tighter = ledger.federation_epsilon(period, delta=period.delta, accountant="pld")
+    tighter = ledger.federation_epsilon(period, delta=period.delta, accountant="pld") if with_pld else None
     return {
         "epsilon_federation": federation.epsilon,
         "epsilon_seeing_cohort": seeing.epsilon,
-        "epsilon_pld": tighter.epsilon if tighter.accountant == "pld" else None,
+        "epsilon_pld": tighter.epsilon if tighter is not None and tighter.accountant == "pld" else None,
+        "epsilon_pld_fallback": tighter.fallback or None if tighter is not None else None,
         "epsilon_learner_max": max((epsilon for _key, epsilon in ledger.learner_epsilons(period)), default=None),
         "epsilon_lifetime": lifetime.epsilon,
         "statements": [

@@ -29,6 +29,7 @@ UNNOISED: tuple[Unnoised, ...] = (
     Unnoised("the gate's figures and with them whether a version became active, made from evaluation learners", PUBLIC),
     Unnoised("how many learners are eligible, and that a round was skipped", OPERATORS),
     Unnoised("who was drawn for a round, norms and verdicts of contributions", OPERATORS),
+    Unnoised("that a round failed because somebody who took part in it withdrew", OPERATORS),
     Unnoised("personal tails and deltas, which lie on the server as they are", OPERATORS),
     Unnoised("serving choices, rebase factors, blends and how gains are distributed", OPERATORS),
     Unnoised("anything that a person tunes after looking at private rounds", PUBLIC),

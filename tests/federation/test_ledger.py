@@ -243,6 +243,7 @@ def test_an_untouched_ledger_verifies() -> None:
         ("q_den", 1000, {"altered", "wrong_epsilon", "wrong_period"}),
         ("delta", 1e-3, {"altered", "wrong_epsilon", "wrong_period"}),
         ("sampling", "fixed_size", {"altered", "unreadable"}),
+        ("unit", "class", {"altered", "unreadable"}),
         ("clip_norm", 5.0, {"altered"}),
         ("override_reason", "it was agreed", {"altered"}),
         ("created_at", "2020-01-01 00:00:00", {"altered"}),
@@ -276,3 +277,26 @@ def test_a_row_that_was_added_by_hand_is_not_in_the_audit_log(monkeypatch: pytes
     charge(period)
     found = verify_ledger()
     assert [(problem.sequence, problem.code) for problem in found.problems] == [(4, "not_in_audit_log")]
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(("field", "value"), [("population", 10**6), ("epsilon_cap", 80.0), ("expected_cohort", 5.0)])
+def test_a_period_that_was_altered_is_named(field: str, value: Any) -> None:
+    three_charges()
+    PrivacyPeriod.objects.update(**{field: value})
+    found = verify_ledger()
+    assert [(problem.code, problem.sequence) for problem in found.problems] == [("altered_period", 0)]
+    assert "period 1" in found.problems[0].message and field in found.problems[0].message
+
+
+@pytest.mark.django_db
+def test_a_ledger_of_many_charges_of_several_scopes_verifies() -> None:
+    period = begin(rate=Fraction(1, 4), expected_cohort=200.0, epsilon_cap_learner=50.0)
+    learners = [person(f"learner-{number}") for number in range(3)]
+    for number in range(24):
+        charge(period, 2.0 + number % 3)
+        one = learners[number % 3].subject_key
+        charge(period, subject_key=one, release=Release(z=6.0))
+        charge(period, subject_key=one, release=Release(z=20.0, adjacency="replace_one"), mechanism="upload")
+    found = verify_ledger()
+    assert found.problems == [] and found.entries == 72

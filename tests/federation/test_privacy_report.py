@@ -136,3 +136,11 @@ def test_there_is_a_forecast_only_of_a_policy_that_goes_with_the_period() -> Non
     assert found["rounds"] is None and "sampling must be none" in found["text"]
     set_policy(sampling="none")
     assert run_json("privacy_report")["forecast"]["rounds"] > 1
+
+
+def test_where_the_tighter_accountant_cannot_answer_the_report_says_so() -> None:
+    period = begin()
+    charge(period, 1e-3)
+    result = run_json("privacy_report")
+    assert result["epsilon_pld"] is None and "rdp" in result["epsilon_pld_fallback"]
+    assert privacy_reporting.privacy_report(with_pld=False)["epsilon_pld_fallback"] is None

@@ -46,6 +46,7 @@ from models_store.versions import active_version
 from tests.federation.rounds_world import ShrinkingEngine, World, make_world, person, set_policy, with_model
 from tests.federation.test_rounds_crash import Killed, expire_leases
 from tests.federation.test_sharded_rounds import cut  # noqa: F401 - a fixture
+from tests.learners.test_commands import run as shown
 from tests.models_store.factories import SMALL
 from tests.site.worker_processes import environment
 
@@ -149,11 +150,12 @@ def test_many_private_rounds_leave_trunk_and_statistics_as_they_were_and_nothing
     world = private_world(policy={"noise_multiplier": 20.0, "clip_norm": 0.1}, planned_rounds=30)
     before = store.load_version(world.version)
 
-    def passed(**_anything: Any) -> Any:
-        return real(**{**_anything, "candidate": before.tail * np.float32(0.8)})
-
-    real = running.evidence.run_gate
-    monkeypatch.setattr(running.evidence, "run_gate", passed)  # so that every candidate is promoted and the next builds on it
+    better = running.evidence.run_gate(
+        policy=service.policy_with({}), base=before, candidate=before.tail * np.float32(0.8), progress=lambda *_told: None
+    )
+    assert better.passed
+    # Every candidate is promoted, so that the next round builds on its noise.
+    monkeypatch.setattr(running.evidence, "run_gate", lambda **_anything: better)
     monkeypatch.setattr(service, "rebase_if_active", lambda *_anything, **_options: None)
     for _ in range(30):
         assert run()["state"] == RoundState.PROMOTED
@@ -586,9 +588,9 @@ def test_a_round_keeps_its_policy_and_its_period(engine: ShrinkingEngine, monkey
 
 @pytest.mark.django_db
 def test_a_round_that_was_cancelled_or_rejected_after_the_charge_stays_charged(
-    engine: ShrinkingEngine, monkeypatch: pytest.MonkeyPatch
+    engine: ShrinkingEngine, monkeypatch: pytest.MonkeyPatch, silent: None
 ) -> None:
-    private_world(planned_rounds=2)
+    private_world(policy={"clip_norm": 50.0}, planned_rounds=2)
     engine.factor = 2.0
     assert run()["state"] == RoundState.REJECTED
     real = aggregation.fold_contributions
@@ -622,3 +624,14 @@ def test_no_version_is_made_past_the_ledger_while_a_period_is_open() -> None:
     with pytest.raises(ManagerError) as refused:
         FederatedLearningManager().update_main_model("aivo-main-v1", np.zeros(SMALL.tail_size, np.float32))
     assert refused.value.code == "privacy_period_open" and MainModelVersion.objects.count() == 1
+
+
+@pytest.mark.django_db
+def test_the_command_says_in_words_what_a_private_round_cost(engine: ShrinkingEngine) -> None:
+    private_world()
+    text = shown("run_federated_aggregation", "--no-rebase")
+    assert "whether a learner took part" in text and "epsilon = " in text
+    assert "whether a learner took part" in shown("privacy_report")
+    with pytest.raises(PolicyError) as refused:
+        service.policy_with({"differential_privacy": False})
+    assert refused.value.code == "needs_privacy"
