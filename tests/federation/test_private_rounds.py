@@ -635,3 +635,49 @@ def test_the_command_says_in_words_what_a_private_round_cost(engine: ShrinkingEn
     with pytest.raises(PolicyError) as refused:
         service.policy_with({"differential_privacy": False})
     assert refused.value.code == "needs_privacy"
+
+
+# --- Differencing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.django_db
+def test_no_sequence_of_features_gives_a_sum_without_noise_or_a_release_without_a_charge(engine: ShrinkingEngine) -> None:
+    world = private_world(planned_rounds=4)
+    first = run()
+    exact = np.sum(cohort_vectors(AggregationRound.objects.get()), axis=0) / POPULATION
+    service.aggregate(dry_run=True)
+    for command in (("federation_status",), ("privacy_report", "--verify"), ("collect_garbage",)):
+        shown(*command)
+    candidate_name = first["candidate_version"]
+    if first["state"] == RoundState.REJECTED:
+        service.promote(version=candidate_name, reason="to see more of it", actor="test", with_rebase=False)
+    service.roll_back(version=None, reason="and back", actor="test", with_rebase=False)
+    with_model(person("one-more"), active_version(), seed=9)
+    run()
+    world.learners[0].consent_contribution = False
+    world.learners[0].save()
+    run()
+    with pytest.raises(PolicyError):
+        service.aggregate(overrides={"differential_privacy": False, "clip_norm": None, "noise_multiplier": None})
+    with pytest.raises(ManagerError):
+        FederatedLearningManager().update_main_model(active_version().version, exact.astype(np.float32))
+
+    attempts = RoundAttempt.objects.exclude(aggregate_path="")
+    updates = [aggregate_of(attempt).astype(np.float64) for attempt in attempts]
+    assert len(updates) == PrivacyLedgerEntry.objects.count() == 3
+    base = store.load_version(world.version).tail.astype(np.float64)
+    published = [store.load_version(row).tail - base for row in MainModelVersion.objects.exclude(pk=world.version.pk)]
+    noise = SMALL.tail_size**0.5 / POPULATION
+    for release in (*updates, *published):
+        assert global_norm(release - exact) > 0.5 * noise
+    for one in range(3):
+        for other in range(one):
+            assert global_norm(updates[one] - updates[other]) > 0.5 * noise, "the same noise was used twice"
+    files = [name for name in stored_files("rounds") if name.endswith(".safetensors")]
+    assert sorted(files) == sorted(attempts.values_list("aggregate_path", flat=True))
+
+
+def stored_files(folder: str) -> list[str]:
+    """Every file below a folder of the store of main models."""
+    folders, files = storages["main_models"].listdir(folder)
+    return [f"{folder}/{name}" for name in files] + [found for name in folders for found in stored_files(f"{folder}/{name}")]
