@@ -54,7 +54,7 @@ def _lines(result: Mapping[str, Any], *, forecast: bool) -> list[str]:
     lines = [_("%d charges in the ledger.") % result["entries"]]
     if result["period"] is None:
         lines.append(_("No privacy period is open: no round is differentially private."))
-    lines += [statement["text"] for statement in result["statements"]]
+    lines += dict.fromkeys(statement["text"] for statement in result["statements"])  # with q = 1 both say the same
     if result["epsilon_lifetime"] is not None:
         lines.append(_("Over all periods: ε = %.4g.") % result["epsilon_lifetime"])
     if forecast:
