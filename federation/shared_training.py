@@ -17,8 +17,8 @@ from aivo_site.audit.services import record
 from aivo_site.jobs import shards
 from aivo_site.jobs.errors import ShardStopped
 from aivo_site.jobs.models import Job
+from aivo_site.jobs.shard_context import ShardContext, ShardPlan
 from aivo_site.jobs.shard_helpers import do_in_shards
-from aivo_site.jobs.shards import ShardContext, ShardPlan
 from federation import engines, report_parts
 from federation.policies import RoundPolicy
 from federation.training_report import TrainingReport

@@ -10,8 +10,9 @@ from django.utils.translation import gettext_lazy as _
 
 from aivo_site.errors import UsageError
 from aivo_site.jobs.context import JobContext
-from aivo_site.jobs.registry import JobKind, ShardHandler, register
-from aivo_site.jobs.shards import MAX_STARTS, ShardContext
+from aivo_site.jobs.registry import JobKind, register
+from aivo_site.jobs.shard_context import ShardContext, ShardHandler
+from aivo_site.jobs.shards import MAX_STARTS
 
 TRAIN_LEARNER_MODELS = "train_learner_models"
 TRAIN_LEARNER_MODEL = "train_learner_model"

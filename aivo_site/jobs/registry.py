@@ -7,15 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from aivo_site.jobs.errors import UnknownKind
+from aivo_site.jobs.shard_context import ShardHandler
 
 if TYPE_CHECKING:
     from django.utils.functional import _StrPromise
 
     from aivo_site.jobs.context import JobContext
-    from aivo_site.jobs.shards import ShardContext
-
-ShardHandler = Callable[["ShardContext"], Mapping[str, Any]]
-"""Does one shard and returns its result, a JSON object. Idempotent: a shard may run twice, at the same moment even."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from aivo_site.jobs.context import JobContext
 from aivo_site.jobs.errors import BadParams
 from aivo_site.jobs.lease import Ending
 from aivo_site.jobs.models import Job, JobState, Queue, ShardState, WorkerHeartbeat
-from aivo_site.jobs.registry import ShardHandler, get_kind
-from aivo_site.jobs.shards import ShardPlan, Steps
+from aivo_site.jobs.registry import get_kind
+from aivo_site.jobs.shard_context import ShardHandler, ShardPlan, Steps
 from aivo_site.jobs.workers import PULSE_SECONDS
 
 HELPER_KIND = "work_on_shards"

@@ -23,7 +23,7 @@ from aivo_site.jobs import lease
 from aivo_site.jobs.errors import JobCancelled, ShardFailed, ShardStopped
 from aivo_site.jobs.execution import Interrupted, ending_of, plain_object
 from aivo_site.jobs.models import Job, JobShard, ShardState
-from aivo_site.jobs.registry import ShardHandler
+from aivo_site.jobs.shard_context import ShardContext, ShardHandler, ShardPlan, Steps
 
 logger = logging.getLogger(__name__)
 
@@ -36,40 +36,6 @@ POLL_SECONDS = 0.3
 _COUNT_SECONDS = 0.5
 _CANDIDATES = 8
 _UNEXPECTED = "unexpected_error"
-
-Steps = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """A shard to be: its parameters (ids, numbers, words), and how many steps of the job's progress it is."""
-
-    params: Mapping[str, Any]
-    size: int = 1
-
-
-@dataclass(frozen=True)
-class ShardContext:
-    """What a shard's handler gets.
-
-    Attributes:
-        should_stop: whether to end early; a handler that does raises ``ShardStopped``.
-        progress: says how many of the shard's steps are done.
-    """
-
-    params: Mapping[str, Any]
-    should_stop: Callable[[], bool]
-    progress: Callable[[int], None]
-
-    def check_stopped(self) -> None:
-        """Call between steps, and at the end of work that may have ended early.
-
-        Raises:
-            ShardStopped: let it pass through.
-        """
-        if self.should_stop():
-            raise ShardStopped
 
 
 def planned(*, parent: Job, phase: str) -> list[JobShard]:

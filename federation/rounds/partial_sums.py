@@ -12,7 +12,7 @@ from django.utils.translation import gettext as _
 
 from aivo_site.jobs import shard_helpers, shards
 from aivo_site.jobs.models import Job, JobShard, ShardState
-from aivo_site.jobs.shards import ShardContext, ShardPlan
+from aivo_site.jobs.shard_context import ShardContext, ShardPlan
 from federation import strategies
 from federation.models import AggregationRound, RoundAttempt, RoundState
 from federation.policies import RoundPolicy

@@ -17,9 +17,8 @@ from django.utils import timezone
 
 from aivo_site.jobs.errors import ShardStopped
 from aivo_site.jobs.models import Job
-from aivo_site.jobs.registry import ShardHandler
+from aivo_site.jobs.shard_context import ShardContext, ShardHandler, ShardPlan
 from aivo_site.jobs.shard_helpers import do_in_shards
-from aivo_site.jobs.shards import ShardContext, ShardPlan
 from federation.models import AggregationRound, Contribution, RoundState
 from federation.policies import RoundPolicy
 from federation.rounds import cohort, intake

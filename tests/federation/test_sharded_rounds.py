@@ -15,7 +15,7 @@ from django.utils import timezone
 
 from aivo_site.jobs import lease, services, shard_helpers, shards
 from aivo_site.jobs.models import Job, JobShard, JobState, ShardState, WorkerHeartbeat
-from aivo_site.jobs.shards import ShardContext
+from aivo_site.jobs.shard_context import ShardContext
 from federation import strategies
 from federation.models import AggregationRound, Contribution, ModelTrainingSession, RoundAttempt, RoundState, Verdict
 from federation.rounds import intake, lifecycle, partial_sums, running, service, sharing

@@ -26,7 +26,8 @@ from aivo_site.jobs.execution import Interrupted
 from aivo_site.jobs.lease import Ending
 from aivo_site.jobs.models import Job, JobShard, JobState, Queue, ShardState, WorkerHeartbeat
 from aivo_site.jobs.registry import JobKind
-from aivo_site.jobs.shards import MAX_STARTS, ShardContext, ShardPlan
+from aivo_site.jobs.shard_context import ShardContext, ShardPlan
+from aivo_site.jobs.shards import MAX_STARTS
 from tests.site.job_kinds import kinds
 
 pytestmark = pytest.mark.django_db

@@ -11,8 +11,9 @@ from typing import Any
 from aivo_site.errors import DomainError, Skipped
 from aivo_site.jobs.context import JobContext
 from aivo_site.jobs.registry import JobKind, register
+from aivo_site.jobs.shard_context import ShardContext, ShardPlan
 from aivo_site.jobs.shard_helpers import do_in_shards
-from aivo_site.jobs.shards import MAX_STARTS, ShardContext, ShardPlan
+from aivo_site.jobs.shards import MAX_STARTS
 
 
 def follow(context: JobContext) -> Mapping[str, Any]:
