@@ -48,7 +48,7 @@ test: $(VENV)/installed-dev
 	$(PY) -m pytest -m "not browser"
 
 test-postgres: $(VENV)/installed-dev
-	DATABASE_URL=$${AIVO_TEST_DATABASE_URL:-postgres://postgres@127.0.0.1:5432/postgres} $(PY) -m pytest -m "not browser and not slow" tests/site tests/learners tests/models_store tests/federation
+	DATABASE_URL=$${AIVO_TEST_DATABASE_URL:-postgres://postgres@127.0.0.1:5432/postgres} $(PY) -m pytest -m "(django_db or worker) and not browser and not slow" tests/site tests/learners tests/models_store tests/federation
 	DATABASE_URL=$${AIVO_TEST_DATABASE_URL:-postgres://postgres@127.0.0.1:5432/postgres} $(PY) -m pytest tests/faults/test_rounds.py
 
 test-browser: $(VENV)/installed-dev

@@ -109,8 +109,9 @@ def test_the_factory_gives_the_engine_with_the_threads_of_the_settings(settings,
     assert get_engine("cohort") is engine
 
 
+@pytest.mark.django_db
 def test_a_memory_limit_too_small_for_one_learner_stops_training_and_rounds_before_anything_starts(
-    settings, monkeypatch: pytest.MonkeyPatch, db
+    settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from federation import engines
     from federation.local_training import train_learners
