@@ -62,7 +62,12 @@ class KerasEngine:
         Raises:
             NetworkError: ``weights`` lack a tensor or hold one of another shape or dtype.
             KerasSetupError: ``spec`` has other heads than the objective needs.
+            EngineError: ``bad_config``: private training, which the engine ``cohort`` has.
         """
+        if config.is_private:
+            raise EngineError(
+                "sample_noise_multiplier must be None with the engine keras: it cannot train privately", code="bad_config"
+            )
         resident = resident_network(spec)
         base = resident.check_base(weights)
         return (resident.train(base, config, task) for task in tasks)

@@ -12,6 +12,8 @@ import numpy as np
 
 from aivo_core.engine.contract import EngineError, LearnerTask, LocalTrainingConfig
 from aivo_core.engine.passes import PassOutcome
+from aivo_core.engine.private import SystemChance, train_privately
+from aivo_core.engine.private_reference import NumpyPrivateTail
 from aivo_core.engine.reference import train_learner
 from aivo_core.engine.tail import TailBase, TailLayout
 
@@ -44,6 +46,8 @@ class NumpyKernel:
     backend = f"numpy {np.__version__}"
 
     def trainer(self, base: TailBase, config: LocalTrainingConfig, objective: str) -> Trainer:
+        if config.is_private:
+            return lambda task: train_privately(config, task, lambda: NumpyPrivateTail(base, config, task), SystemChance())
         return lambda task: train_learner(base, config, task, objective)
 
     def working_bytes(self, layout: TailLayout, trunk_width: int, batch_size: int, samples: int) -> int:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from aivo_core.engine import blas
 from aivo_core.engine.backends import FLOAT_BYTES, Compiler, Kernel, NumpyKernel, Trainer, compiler
@@ -26,7 +27,8 @@ class CohortEngine:
     """``LocalTrainingEngine`` without TensorFlow (``aivo_core.engine.contract`` has the objective).
 
     The trunk runs once per sample, only the tail is trained, and learners are spread over threads. A learner's bytes
-    depend on the spec, the base, the configuration, the task and the backend only. Linear algebra of the whole process
+    depend on the spec, the base, the configuration, the task and the backend only; those of private training depend on chance
+    as well, and no seed repeats them. Linear algebra of the whole process
     is held to one thread (``aivo_core.engine.blas``). Calls from several threads are safe.
 
     Args:
@@ -103,9 +105,12 @@ class CohortEngine:
 
         Raises:
             NetworkError: ``weights`` lack a tensor, or hold one of another shape or dtype or a negative variance.
-            EngineError: ``bad_heads``; ``memory_limit``: not even one learner with one batch of samples fits; ``no_compiler``:
-                ``backend="numba"`` and it cannot be used.
+            EngineError: ``bad_heads``; ``bad_config``: private training with another objective than ``product``;
+                ``memory_limit``: not even one learner with one batch of samples fits; ``no_compiler``: ``backend="numba"`` and
+                it cannot be used.
         """
+        if config.is_private and self._objective != PRODUCT:
+            raise EngineError(f"objective must be {PRODUCT} in private training, not {self._objective}", code="bad_config")
         base = tail_base(spec, weights)
         kernel = self._kernel()
         bill = self._checked_bill(kernel, spec, config)
@@ -124,7 +129,7 @@ class CohortEngine:
         self._checked_bill(self._kernel(), spec, config)
 
     def _checked_bill(self, kernel: Kernel, spec: NetworkSpec, config: LocalTrainingConfig) -> _Bill:
-        bill = _Bill(kernel, tail_layout(spec), spec, config.batch_size)
+        bill = _Bill(kernel, tail_layout(spec), spec, config)
         if self._memory_limit is not None and bill.of(config.batch_size) > self._memory_limit:
             raise EngineError(
                 f"memory_limit must be at least {bill.of(config.batch_size)} bytes for one learner, not {self._memory_limit}",
@@ -180,16 +185,25 @@ class CohortEngine:
 class _Bill:
     """What one learner in flight costs in memory."""
 
-    def __init__(self, kernel: Kernel, layout: TailLayout, spec: NetworkSpec, batch_size: int) -> None:
-        self._working: Callable[[int], int] = lambda samples: kernel.working_bytes(
-            layout, max((spec.input_dim, *spec.hidden_layers[: spec.frozen_blocks])), batch_size, samples
-        )
+    def __init__(self, kernel: Kernel, layout: TailLayout, spec: NetworkSpec, config: LocalTrainingConfig) -> None:
+        self._trunk_width = max((spec.input_dim, *spec.hidden_layers[: spec.frozen_blocks]))
+        self._kernel = kernel
+        self._layout = layout
+        self._config = config
         self._per_sample = FLOAT_BYTES * 2 * spec.input_dim
         self._result = FLOAT_BYTES * 3 * layout.size
 
     def of(self, samples: int) -> int:
         """Bytes of task, working memory and result."""
         return self._working(samples) + samples * self._per_sample + self._result
+
+    def _working(self, samples: int) -> int:
+        if not self._config.is_private:
+            return self._kernel.working_bytes(self._layout, self._trunk_width, self._config.batch_size, samples)
+        # A batch drawn by chance may hold every sample; the trunk is NumPy's whatever computes the rest, and noise is double.
+        trunk = 2 * samples * (self._layout.feature_dim + 3 * self._trunk_width)
+        batch = self._kernel.working_bytes(self._layout, self._trunk_width, samples, samples)
+        return batch + FLOAT_BYTES * (trunk + 8 * self._layout.size)
 
 
 class _Run:
@@ -206,12 +220,14 @@ class _Run:
 
     def __call__(self, task: LearnerTask) -> LearnerResult:
         started = time.perf_counter()
+        outcome = None
         try:
             check_task(self._spec, task)
             outcome = self._trainer()(task)
             self._check(outcome)
         except EngineError as error:
-            return self.failed(task, error, time.perf_counter() - started)
+            failed = self.failed(task, error, time.perf_counter() - started)
+            return failed if outcome is None else replace(failed, privacy=outcome.privacy)
         return LearnerResult(
             key=task.key,
             tail=outcome.tail,
@@ -221,6 +237,7 @@ class _Run:
             steps=outcome.steps,
             seconds=time.perf_counter() - started,
             backend=self._backend,
+            privacy=outcome.privacy,
         )
 
     def failed(self, task: LearnerTask, error: EngineError, seconds: float = 0.0) -> LearnerResult:

@@ -620,17 +620,17 @@ def train_learner(
     unpack(w, tail, heads, width, start)
 
 
-def _given(dtype: Any, dimensions: int) -> Any:
+def given(dtype: Any, dimensions: int) -> Any:
     """A C-contiguous array that is read only: callers' arrays may be read-only ones."""
     return types.Array(dtype, dimensions, "C", readonly=True)
 
 
-_FLOATS, _ROWS = _given(types.float32, 1), _given(types.float32, 2)
-_INTS, _TABLE, _INDEX = _given(types.int64, 1), _given(types.int64, 2), _given(types.int32, 2)
+_FLOATS, _ROWS = given(types.float32, 1), given(types.float32, 2)
+_INTS, _TABLE, _INDEX = given(types.int64, 1), given(types.int64, 2), given(types.int32, 2)
 _MADE = types.Array(types.float32, 1, "C")
 
 SIGNATURE = types.void(
-    _FLOATS, _TABLE, _FLOATS, _FLOATS, _TABLE, _TABLE, _FLOATS, _FLOATS, _given(types.uint64, 1), _FLOATS,
+    _FLOATS, _TABLE, _FLOATS, _FLOATS, _TABLE, _TABLE, _FLOATS, _FLOATS, given(types.uint64, 1), _FLOATS,
     _ROWS, _ROWS, _INTS, _INTS, _FLOATS, _FLOATS, _FLOATS, _FLOATS,
     _INDEX, _INTS, _FLOATS, types.uint64, _INDEX, _INTS, _FLOATS, types.uint64,
     types.float32, types.float32, types.boolean, types.boolean, types.int64,

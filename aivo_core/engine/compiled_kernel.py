@@ -64,14 +64,18 @@ class CompiledKernel:
 
     def trainer(self, base: TailBase, config: LocalTrainingConfig, objective: str) -> Trainer:
         """A function for one thread that trains checked tasks one after the other in one working memory."""
+        if config.is_private:
+            from aivo_core.engine.private_kernel import CompiledPrivateTrainer  # compiled only where it is used
+
+            return CompiledPrivateTrainer(base, config)
         return _CompiledTrainer(self._function, base, config, objective)
 
     def working_bytes(self, layout: TailLayout, trunk_width: int, batch_size: int, samples: int) -> int:
-        return FLOAT_BYTES * _memory(layout, trunk_width, batch_size, samples).size
+        return FLOAT_BYTES * memory_layout(layout, trunk_width, batch_size, samples).size
 
 
 @dataclass(frozen=True)
-class _Memory:
+class MemoryLayout:
     """Where everything lies in the working memory, in floats.
 
     Attributes:
@@ -88,7 +92,8 @@ class _Memory:
 
 
 @lru_cache(maxsize=512)
-def _memory(layout: TailLayout, trunk_width: int, batch_size: int, samples: int) -> _Memory:
+def memory_layout(layout: TailLayout, trunk_width: int, batch_size: int, samples: int) -> MemoryLayout:
+    """For one learner with so many samples; places up to STATE depend on the tail alone."""
     rows = 2 * min(batch_size, samples)
     widest = max([layout.hidden_dim, *(block.units for block in layout.blocks)])
     wide = layout.content.units + layout.path.units
@@ -101,7 +106,7 @@ def _memory(layout: TailLayout, trunk_width: int, batch_size: int, samples: int)
     trunk = 2 * _aligned(min(samples, compiled.TRUNK_ROWS) * trunk_width)
     places = _starts([*sizes, max(int(at_starts[-1]), trunk)])
     at = places[compiled.BLOCKS] + at_starts[:-1].reshape(len(units), 3)
-    return _Memory(places, np.ascontiguousarray(at))
+    return MemoryLayout(places, np.ascontiguousarray(at))
 
 
 def _starts(sizes: list[int]) -> npt.NDArray[np.int64]:
@@ -110,6 +115,13 @@ def _starts(sizes: list[int]) -> npt.NDArray[np.int64]:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def aligned_memory(size: int) -> FloatArray:
+    """At least ``size`` floats, beginning at a cache line."""
+    fresh = np.empty(size + ALIGNMENT, dtype=np.float32)
+    skipped = (-fresh.ctypes.data // FLOAT_BYTES) % ALIGNMENT
+    return fresh[skipped:]
 
 
 class _CompiledTrainer:
@@ -121,7 +133,7 @@ class _CompiledTrainer:
         self._product = objective == PRODUCT
         self._small_product = blas.small_product()
         self._layout = base.layout
-        self._base = _base_arguments(base, dropout=config.dropout)
+        self._base = base_arguments(base, dropout=config.dropout)
         self._trunk_width = max([base.trunk.units, *(layer.kernel.shape[1] for layer in base.trunk.layers)])
         self._kept: FloatArray = np.zeros(0, dtype=np.float32)
 
@@ -129,7 +141,7 @@ class _CompiledTrainer:
         """Both passes; the shapes that the compiled function relies on were checked by ``check_task``."""
         config, samples = self._config, task.samples
         tail_training, bias_training = tail_pass(config, task), bias_pass(config, task)
-        memory = _memory(self._layout, self._trunk_width, config.batch_size, len(samples))
+        memory = memory_layout(self._layout, self._trunk_width, config.batch_size, len(samples))
         tail, after = np.empty(self._layout.size, dtype=np.float32), np.empty(self._layout.size, dtype=np.float32)
         losses, bias_losses = _losses(tail_training), _losses(bias_training)
         self._function(
@@ -164,15 +176,13 @@ class _CompiledTrainer:
     def _working_memory(self, size: int, samples: int) -> FloatArray:
         if self._kept.size >= size:
             return self._kept
-        fresh = np.empty(size + ALIGNMENT, dtype=np.float32)
-        skipped = (-fresh.ctypes.data // FLOAT_BYTES) % ALIGNMENT
-        memory = fresh[skipped:]
+        memory = aligned_memory(size)
         if samples <= KEPT_SAMPLES:
             self._kept = memory
         return memory
 
 
-def _base_arguments(base: TailBase, *, dropout: bool) -> tuple[npt.NDArray[Any], ...]:
+def base_arguments(base: TailBase, *, dropout: bool) -> tuple[npt.NDArray[Any], ...]:
     """What is the same for all learners: trunk, its table (rows, units, kernel, bias), last normalisation; tables of the
     tail, statistics, thresholds and scales of the dropout."""
     parts = [part.ravel() for layer in base.trunk.layers for part in (layer.kernel, layer.bias)]

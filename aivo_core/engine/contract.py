@@ -7,6 +7,9 @@ The local objective of a learner, over batches of ``batch_size`` samples (each w
 
 (FedProx: Li et al. 2020, "Federated Optimization in Heterogeneous Networks", equation 2.) The trunk runs in inference
 mode, dropout included; batch normalisation runs in inference mode everywhere; dropout of the tail runs in training mode.
+
+Private training (``sample_clip_norm`` and ``sample_noise_multiplier``) takes other steps on the same objective:
+``aivo_core.engine.private``.
 """
 
 from __future__ import annotations
@@ -20,6 +23,10 @@ from aivo_core.samples import Samples
 
 ADAPTATIONS = ("tail", "difficulty_bias", "tail_then_bias")
 OPTIMISERS = ("adam", "sgd")
+
+CLIP_NORMS = (1e-12, 1e12)
+NOISE_MULTIPLIERS = (1e-6, 1e6)
+"""Allowed values in private training: single precision holds clipped gradients in this range, the accountant this noise."""
 
 
 class EngineError(ValueError):
@@ -41,6 +48,8 @@ class LocalTrainingConfig:
         bias_epochs, bias_learning_rate: of the bias pass.
         optimiser: ``adam`` (as Keras defines it, state zero at the start) or ``sgd`` with ``momentum``.
         dropout: whether the tail's dropout runs (parity tests switch it off).
+        sample_clip_norm, sample_noise_multiplier: C and z of private training (``aivo_core.engine.private``), both or
+            neither, with ``adaptation`` ``tail``; ``batch_size`` is then the expected size of a batch.
 
     Raises:
         EngineError: a value outside its range.
@@ -56,6 +65,8 @@ class LocalTrainingConfig:
     optimiser: str = "adam"
     momentum: float = 0.0
     dropout: bool = True
+    sample_clip_norm: float | None = None
+    sample_noise_multiplier: float | None = None
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, f"epochs must be at least 1, not {self.epochs}")
@@ -67,6 +78,24 @@ class LocalTrainingConfig:
         _check(0.0 <= self.momentum < 1.0, f"momentum must lie in [0, 1), not {self.momentum}")
         _check(self.adaptation in ADAPTATIONS, f"adaptation must be one of {', '.join(ADAPTATIONS)}, not {self.adaptation}")
         _check(self.optimiser in OPTIMISERS, f"optimiser must be one of {', '.join(OPTIMISERS)}, not {self.optimiser}")
+        self._check_privacy()
+
+    def _check_privacy(self) -> None:
+        both = {"sample_clip_norm": self.sample_clip_norm, "sample_noise_multiplier": self.sample_noise_multiplier}
+        if set(both.values()) == {None}:
+            return
+        for (name, value), (low, high) in zip(both.items(), (CLIP_NORMS, NOISE_MULTIPLIERS), strict=True):
+            _check(value is not None, f"{name} must be given, as {' and '.join(both)} go together")
+            _check(value is not None and low <= value <= high, f"{name} must lie in [{low:g}, {high:g}], not {value}")
+        _check(
+            self.adaptation == "tail",
+            f"adaptation must be tail with sample_noise_multiplier, not {self.adaptation}: its pass over the biases has no noise",
+        )
+
+    @property
+    def is_private(self) -> bool:
+        """Whether training is by clipped and noised steps."""
+        return self.sample_noise_multiplier is not None
 
     @property
     def trains_tail(self) -> bool:
@@ -78,6 +107,24 @@ class LocalTrainingConfig:
 
 
 @dataclass(frozen=True)
+class SamplePrivacy:
+    """What a private training has released, for the accountant: ``steps`` Gaussian mechanisms on Poisson batches.
+
+    Attributes:
+        steps: noised steps, those with an empty batch included.
+        q_num, q_den: each step takes each training sample independently with this chance.
+        noise_multiplier: z; the noise on a batch's sum has standard deviation z C in each coordinate.
+        clip_norm: C, the most that one training sample moves the sum, in L2 norm.
+    """
+
+    steps: int
+    q_num: int
+    q_den: int
+    noise_multiplier: float
+    clip_norm: float
+
+
+@dataclass(frozen=True)
 class LearnerTask:
     """One learner's local training.
 
@@ -86,7 +133,7 @@ class LearnerTask:
         samples: the learner's training samples.
         start_tail: (tail_size,) float32, where training starts.
         anchor_tail: (tail_size,) float32, w_anchor of the proximal term: the base version's tail.
-        seed: with the data, all that the result depends on.
+        seed: with the data, all that the result depends on; private training does not read it.
     """
 
     key: str
@@ -103,9 +150,11 @@ class LearnerResult:
     Attributes:
         tail: (tail_size,) float32 after all passes.
         tail_pass_delta: (tail_size,) float32, tail after the tail pass minus ``start_tail`` (zero without a tail pass).
-        losses: mean objective per epoch of the passes, in order.
+        losses: mean objective per epoch of the passes, in order; none of private training, which would tell them without
+            noise.
         samples, steps: trained on, taken.
         backend: what computed it, with its version ("numba 0.68.1").
+        privacy: what was released, of private training; else None.
     """
 
     key: str
@@ -118,12 +167,14 @@ class LearnerResult:
     error_code: str = ""
     error_message: str = ""
     backend: str = ""
+    privacy: SamplePrivacy | None = None
 
 
 class LocalTrainingEngine(Protocol):
     """Trains learners one after the other or many at once; results come in the order of the tasks.
 
-    A learner's result depends on its seed and its data only, never on its neighbours. A task that cannot be trained
+    A learner's result depends on its seed and its data only, never on its neighbours (of private training: on its data and
+    on chance). A task that cannot be trained
     gives a result with ``error_code``; it never disturbs the others.
     """
 

@@ -22,6 +22,7 @@ LAYERS = 256
 """Keys of one step lie this far apart; no tail has more hidden blocks."""
 
 U32 = npt.NDArray[np.uint32]
+U64 = npt.NDArray[np.uint64]
 
 
 def pass_key(seed: int, training_pass: int) -> int:
@@ -37,15 +38,30 @@ def layer_key(key: int, step: int, layer: int) -> int:
     return z ^ (z >> 31)
 
 
+def layer_keys(keys: U64, step: int, layer: int) -> U64:
+    """``layer_key`` of each of (n,) ``keys``."""
+    return _mix(keys + np.uint64(GOLDEN * (step * LAYERS + layer + 1) & _MASK))
+
+
 def uniform_words(key: int, count: int) -> U32:
     """``count`` uniform 32-bit numbers: low halves of ceil(count / 2) words, then their high halves."""
+    words: U32 = uniform_rows(np.array([key], dtype=np.uint64), count)[0]
+    return words
+
+
+def uniform_rows(keys: U64, count: int) -> U32:
+    """(n, count) ``uniform_words`` of each of (n,) ``keys``."""
     half = (count + 1) // 2
-    with np.errstate(over="ignore"):
-        z = np.arange(1, half + 1, dtype=np.uint64) * np.uint64(GOLDEN) + np.uint64(key)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(_FIRST)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(_SECOND)
-        z ^= z >> np.uint64(31)
-    return np.concatenate([(z & np.uint64(0xFFFFFFFF)).astype(np.uint32), (z >> np.uint64(32)).astype(np.uint32)])[:count]
+    z = _mix(np.arange(1, half + 1, dtype=np.uint64) * np.uint64(GOLDEN) + keys[:, None])
+    words = [(z & np.uint64(0xFFFFFFFF)).astype(np.uint32), (z >> np.uint64(32)).astype(np.uint32)]
+    return np.concatenate(words, axis=1)[:, :count]
+
+
+def _mix(z: U64) -> U64:
+    """SplitMix64's finaliser; products and sums wrap, as NumPy's of arrays do."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_FIRST)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_SECOND)
+    return z ^ (z >> np.uint64(31))
 
 
 def drop_threshold(rate: float) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from aivo_core.engine.contract import LearnerTask, LocalTrainingConfig
+from aivo_core.engine.contract import LearnerTask, LocalTrainingConfig, SamplePrivacy
 from aivo_core.engine.generator import pass_key
 from aivo_core.engine.session import BIAS_PASS, TAIL_PASS, BatchPlan, plan_batches
 from aivo_core.network import FloatArray
@@ -59,6 +59,7 @@ class PassOutcome:
         tail, after_tail_pass: (tail_size,) float32.
         tail_losses, bias_losses: mean objective per epoch; empty where there is no such pass.
         steps: of both passes.
+        privacy: what private training has released; else None.
     """
 
     tail: FloatArray
@@ -66,6 +67,7 @@ class PassOutcome:
     tail_losses: tuple[float, ...]
     bias_losses: tuple[float, ...]
     steps: int
+    privacy: SamplePrivacy | None = None
 
 
 def tail_pass(config: LocalTrainingConfig, task: LearnerTask) -> TrainingPass | None:

@@ -60,7 +60,7 @@ class Learner:
 
 
 @dataclass
-class _Block:
+class Block:
     """What the backward pass needs of one block's forward pass."""
 
     inputs: FloatArray
@@ -106,7 +106,7 @@ class TailTrainer:
         adam(self._vector(head.bias, head.units), gradient.mean(axis=0), moments[0], moments[1], size)
         return float(np.mean(losses, dtype=np.float64))
 
-    def forward(self, features: FloatArray, key: int, number: int) -> tuple[FloatArray, list[_Block]]:
+    def forward(self, features: FloatArray, key: int, number: int) -> tuple[FloatArray, list[Block]]:
         """Hidden blocks, dropout as the configuration says."""
         kept_blocks = []
         for layer, place in enumerate(self._base.layout.blocks):
@@ -120,11 +120,11 @@ class TailTrainer:
             kept = self._kept(place, hidden.shape, layer_key(key, number, layer))
             if kept is not None:
                 output *= kept
-            kept_blocks.append(_Block(features, hidden, kept))
+            kept_blocks.append(Block(features, hidden, kept))
             features = output
         return features, kept_blocks
 
-    def _kept(self, place: BlockPlace, shape: tuple[int, ...], key: int) -> FloatArray | None:
+    def _kept(self, place: BlockPlace, shape: tuple[int, ...], key: int, /) -> FloatArray | None:
         if not self._config.dropout or place.rate == 0.0:
             return None
         words = uniform_words(key, shape[0] * shape[1]).reshape(shape)
@@ -167,7 +167,7 @@ class TailTrainer:
         np.sum(gradient, axis=0, out=self._vector(head.bias, head.units, self._gradient))
         upstream += gradient @ self._kernel(head.kernel, width, head.units).T
 
-    def _backward(self, blocks: list[_Block], upstream: FloatArray) -> None:
+    def _backward(self, blocks: list[Block], upstream: FloatArray) -> None:
         for layer in range(len(blocks) - 1, -1, -1):
             place, block = self._base.layout.blocks[layer], blocks[layer]
             if block.kept is not None:
