@@ -11,6 +11,7 @@ from benchmarks.harness import ROOT
 
 MODULES = (
     "local_training",
+    "private_training",
     "whole_round",
     "shared_round",
     "aggregation",

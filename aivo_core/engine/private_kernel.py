@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from aivo_core.engine import blas, compiled, compiled_private
+from aivo_core.engine import blas, compiled, compiled_chance, compiled_private
 from aivo_core.engine.compiled_kernel import aligned_memory, base_arguments, memory_layout
 from aivo_core.engine.contract import LearnerTask, LocalTrainingConfig
 from aivo_core.engine.passes import PassOutcome
@@ -21,30 +22,40 @@ from aivo_core.privacy import DoubleArray
 
 log = logging.getLogger(__name__)
 
-CHACHA_CONSTANTS = b"expand 32-byte k"
-KEY_BYTES = 32
 
-_functions: compiled_private.Dispatchers | None = None
+class Functions(NamedTuple):
+    """What is compiled: of ``compiled_private`` and of ``compiled_chance``."""
+
+    arithmetic: compiled_private.Dispatchers
+    chance: compiled_chance.Dispatchers
+
+
+_functions: Functions | None = None
 _lock = threading.Lock()
 
 
-def functions() -> compiled_private.Dispatchers:
-    """The compiled functions, loaded or compiled (seconds) once a process, when they are first asked for."""
+def functions() -> Functions:
+    """The compiled functions, loaded or compiled (half a minute) once a process, when they are first asked for."""
     global _functions
     with _lock:
         if _functions is None:
             found = _new_functions()
-            found.compile()
+            for dispatchers in found:
+                dispatchers.compile()
             _functions = found
         return _functions
 
 
-def _new_functions() -> compiled_private.Dispatchers:
+def _new_functions() -> Functions:
     try:
-        return compiled_private.dispatchers(cache=True)
+        return Functions(compiled_private.dispatchers(cache=True), compiled_chance.dispatchers(cache=True))
     except RuntimeError as error:
         log.warning("compiled code of private training cannot be kept (%s): every process compiles anew", error)
-        return compiled_private.dispatchers(cache=False)
+        return Functions(compiled_private.dispatchers(cache=False), compiled_chance.dispatchers(cache=False))
+
+
+CHACHA_CONSTANTS = b"expand 32-byte k"
+KEY_BYTES = 32
 
 
 class ChaChaChance:
@@ -65,7 +76,7 @@ class ChaChaChance:
 
     def random_bytes(self, count: int) -> bytes:
         words = np.empty(-(-count // 4), dtype=np.uint32)
-        functions().words(self._state, np.uint64(self._block), words)
+        functions().chance.words(self._state, np.uint64(self._block), words)
         self._block += -(-len(words) // 16)
         return words.tobytes()[:count]
 
@@ -73,8 +84,8 @@ class ChaChaChance:
         """``aivo_core.privacy.gaussian`` on the stream, in an array that the next call uses again."""
         if len(self._noise) != size:
             self._noise = np.empty(size)
-        functions().normals(self._state, np.uint64(self._block), std, self._noise)
-        self._block += -(-size // compiled_private.NORMALS) * compiled_private.LANES
+        functions().chance.normals(self._state, np.uint64(self._block), std, self._noise)
+        self._block += -(-size // compiled_chance.NORMALS) * compiled_chance.LANES
         return self._noise
 
 
@@ -82,7 +93,7 @@ class CompiledPrivateTail:
     """``PrivateTail`` in compiled loops, for one learner at a time on one thread."""
 
     def __init__(self, base: TailBase, config: LocalTrainingConfig) -> None:
-        self._functions = functions()
+        self._functions = functions().arithmetic
         self._base = base
         self._config = config
         self._layout = base.layout

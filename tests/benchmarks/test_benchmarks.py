@@ -41,6 +41,10 @@ SMALLEST = {
         "--learners 3 --naive-learners 1 --no-cold --growth 3 --objectives first_pass --threads 1",
         frozenset({"medians", "engines", "engines_first_pass", "settings", "ratios", "gemm_limit", "startup", "growth"}),
     ),
+    "private_training": Smallest(
+        "--learners 2 --samples 20",
+        frozenset({"medians", "settings", "private_over_plain", "noise_ms_per_step", "system_noise_ms_per_step"}),
+    ),
     "whole_round": Smallest(
         "--learners 20 --engine cohort",
         frozenset({"medians", "steps", "shares", "states", "personal_training", "rebase", "peak_rss_mb"}),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aivo_core.engine.contract import LearnerResult, LearnerTask, LocalTrainingConfig
+from aivo_core.engine.contract import EngineError, LearnerResult, LearnerTask, LocalTrainingConfig
 from aivo_core.engine.session import BIAS_PASS, DROPOUT_STREAM, TAIL_PASS, plan_batches
 from aivo_core.network import DIFFICULTY_HEAD, FloatArray, NetworkError, NetworkSpec, block_layers, default_freeze_layers
 from aivo_core.ordinal import score_log_loss
@@ -312,3 +312,10 @@ def test_memory_stays_level_over_learners_in_one_process() -> None:
     figures = measure(learners=20, warm_up=10, samples=60)
     assert figures["learners"] == 20
     assert figures["rss_slope_mb_per_learner"] < 0.2
+
+
+def test_private_training_is_refused_and_never_done_without_noise() -> None:
+    config = LocalTrainingConfig(adaptation="tail", sample_clip_norm=1.0, sample_noise_multiplier=1.0)
+    with pytest.raises(EngineError, match="sample_noise_multiplier must be None with the engine keras") as caught:
+        KerasEngine().train(spec=TINY, weights=WEIGHTS, config=config, tasks=[task()])
+    assert caught.value.code == "bad_config"
