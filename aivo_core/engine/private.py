@@ -108,8 +108,8 @@ def train_privately(
     samples = len(task.samples)
     privacy = sample_privacy(config, samples)
     std, size = privacy.noise_multiplier * privacy.clip_norm, task.start_tail.size
-    tail = new_tail()
     with np.errstate(all="ignore"):  # a learner who diverges is told so by what comes out
+        tail = new_tail()
         for step_size in _step_sizes(config, privacy.steps):
             rows = poisson_rows(samples, privacy.q_num, chance.random_bytes)
             tail.clipped_sum(rows, np.frombuffer(chance.random_bytes(8 * len(rows)), dtype=np.uint64))
