@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -21,6 +25,8 @@ from aivo_core.engine.tail import TailBase, TailLayout
 from aivo_core.network import FloatArray
 
 log = logging.getLogger(__name__)
+
+_COMPILE = "from aivo_core.engine import compiled; compiled.dispatcher(cache=True).compile(compiled.SIGNATURE)"
 
 ALIGNMENT = 16
 """Places in the working memory begin at multiples of this many floats: a cache line."""
@@ -39,10 +45,12 @@ class CompiledKernel:
     backend = f"numba {numba.__version__}"
 
     def __init__(self) -> None:
+        self._kept = True
         try:
             self._function = compiled.dispatcher(cache=True)
         except RuntimeError as error:
             log.warning("compiled code cannot be kept (%s): every process compiles anew", error)
+            self._kept = False
             self._function = compiled.dispatcher(cache=False)
 
     def is_cached(self) -> bool:
@@ -58,7 +66,13 @@ class CompiledKernel:
         return key_of(compiled.SIGNATURE, context.codegen()) in file._load_index()
 
     def compile(self) -> None:
-        """Load the compiled function from the cache, or compile and cache it (seconds)."""
+        """Load the compiled function from the cache; where it is not there, a process of its own compiles it first (seconds).
+
+        Code that a process compiled itself and the same code loaded from the cache give other last bits: so that a learner's
+        bytes do not depend on who compiled, everybody loads. The compiler's memory goes with its process, too.
+        """
+        if self._kept and not self.is_cached():
+            _compile_elsewhere()
         self._function.compile(compiled.SIGNATURE)
         self._function.disable_compile()
 
@@ -72,6 +86,22 @@ class CompiledKernel:
 
     def working_bytes(self, layout: TailLayout, trunk_width: int, batch_size: int, samples: int) -> int:
         return FLOAT_BYTES * memory_layout(layout, trunk_width, batch_size, samples).size
+
+
+def _compile_elsewhere() -> None:
+    """Fill the cache from another process; where that fails, whoever asked compiles here, and the log says so."""
+    paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
+    done = subprocess.run(  # noqa: S603 - our own interpreter and module
+        [sys.executable, "-c", _COMPILE],
+        env={**os.environ, "PYTHONPATH": paths},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    if done.returncode != 0:
+        output = done.stdout.decode("utf-8", errors="replace").strip()[-300:]
+        log.warning("the engine could not be compiled in a process of its own, and is compiled here: %s", output)
 
 
 @dataclass(frozen=True)
