@@ -20,6 +20,8 @@ MODULES = (
     "encoding",
     "main_training",
     "keras_memory",
+    "privacy_audit",
+    "privacy_utility",
 )
 
 

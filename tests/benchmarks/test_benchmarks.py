@@ -52,6 +52,10 @@ SMALLEST = {
     "shared_round": Smallest(
         "--learners 20", frozenset({"medians", "workers", "times_as_fast", "training_times_as_fast", "helped_share"})
     ),
+    "privacy_audit": Smallest("--releases 60 --tail-releases 4", frozenset({"delta", "confidence", "rows", "not_as_expected"})),
+    "privacy_utility": Smallest(
+        "--learners 20", frozenset({"learners", "numbers", "norms", "plain_mean", "noise_alone", "evaluation_learners", "best"})
+    ),
 }
 
 
