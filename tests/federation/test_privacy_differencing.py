@@ -21,7 +21,7 @@ from django.core.files.storage import storages
 from aivo_core import privacy_mechanisms
 from aivo_core.tensors import read_any
 from aivo_site.jobs import services as jobs
-from federation import strategies
+from federation import privacy_periods, strategies
 from federation.errors import ManagerError
 from federation.manager import FederatedLearningManager, LocalUpdate
 from federation.models import (
@@ -29,11 +29,11 @@ from federation.models import (
     Contribution,
     ModelTrainingSession,
     PrivacyLedgerEntry,
+    PrivacyPeriod,
     RoundAttempt,
     RoundState,
 )
 from federation.policies import default_policy
-from federation.privacy_periods import end_period
 from federation.privacy_reporting import privacy_report
 from federation.rounds import aggregation, evidence, lifecycle, partial_sums, promotion, service
 from learners.models import Learner
@@ -44,14 +44,11 @@ from models_store.models import MainModelVersion, VersionStatus
 from models_store.verification import verify_store
 from models_store.versions import active_version
 from tests.federation.rounds_world import ShrinkingEngine, make_world, set_policy
-from tests.federation.test_private_rounds import POPULATION, PRIVATE, begin, cohort_vectors, private_world
+from tests.federation.test_private_rounds import PRIVATE, begin, cohort_vectors, private_world
 from tests.federation.test_rounds_crash import Killed, expire_leases
 from tests.federation.test_sharded_rounds import Killed as KilledShared
 from tests.federation.test_sharded_rounds import cut, run_once  # noqa: F401 - a fixture
 from tests.models_store.factories import SMALL
-
-NOISE = 1.0 / POPULATION
-"""Standard deviation of the noise in an update: z C over the expected cohort."""
 
 Vector = npt.NDArray[np.float64]
 
@@ -61,8 +58,12 @@ def _database_and_engine(db: None, engine: ShrinkingEngine) -> None:
     """Every test has a database and the fast engine."""
 
 
+def expected_cohort() -> float:
+    return privacy_periods.expected_cohort(PrivacyPeriod.objects.get())
+
+
 def clipped_mean(round_: AggregationRound) -> Vector:
-    return np.asarray(np.sum(cohort_vectors(round_), axis=0) / POPULATION, dtype=np.float64)
+    return np.asarray(np.sum(cohort_vectors(round_), axis=0) / expected_cohort(), dtype=np.float64)
 
 
 def stored_updates() -> dict[str, tuple[Vector, Vector]]:
@@ -97,12 +98,13 @@ def check_store(*, releases: int | None = None) -> None:
     Args:
         releases: how many different ones there must be; as many as charges where not given.
     """
+    std = 1.0 / expected_cohort()  # z C over the expected cohort, z = C = 1
     distinct: list[tuple[Vector, Vector]] = []
     for name, (update, noise) in stored_updates().items():
-        assert spread(noise) == pytest.approx(NOISE, rel=0.15), f"{name} does not carry the noise that was charged for"
+        assert spread(noise) == pytest.approx(std, rel=0.15), f"{name} does not carry the noise that was charged for"
         if not any(np.abs(update - other).max() < 1e-5 for other, _noise in distinct):
             for _update, other in distinct:
-                assert spread(noise - other) == pytest.approx(np.sqrt(2.0) * NOISE, rel=0.15), f"{name} shares noise with another"
+                assert spread(noise - other) == pytest.approx(np.sqrt(2.0) * std, rel=0.15), f"{name} shares noise with another"
             distinct.append((update, noise))
     charges = PrivacyLedgerEntry.objects.count()
     assert len(distinct) == (charges if releases is None else releases) <= charges
@@ -385,6 +387,7 @@ def test_partial_sums_left_by_a_dead_run_become_no_release(
         result = run_once(queued)
         assert result["privacy"]["charges"] == 2 and result["resumed"]
         assert not any("path" in (shard.result or {}) for shard in queued.shards.all())
+        check_store(releases=1)
     else:
         lifecycle.cancel_round(round_=AggregationRound.objects.get(), actor="steward", reason="by hand")
         jobs.request_cancel(job=queued, actor="steward")
@@ -407,7 +410,7 @@ def test_a_round_without_privacy_after_the_period_is_counted_as_uncharged() -> N
     set_policy(**off)
     with pytest.raises(Exception, match="period 1 is open"):
         service.aggregate()
-    end_period(reason="the year is over", actor="steward")
+    privacy_periods.end_period(reason="the year is over", actor="steward")
     service.aggregate()
     assert privacy_report()["attempts_without_charge"] == 1
     assert default_policy().differential_privacy is False and PrivacyLedgerEntry.objects.count() == 1
