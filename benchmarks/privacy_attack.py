@@ -8,11 +8,13 @@ From the counts of right and wrong guesses over many releases follow two lower b
 that is above a claim that holds, with probability of at most 1 - confidence:
 
 - *by counts* (Jagielski et al. 2020): (ε, δ) bounds P(guess "in" | in) by e^ε P(guess "in" | out) + δ, and the same for "out".
-  Clopper-Pearson bounds on the probabilities bound ε. Thresholds come from the first half of the releases, counts from the
-  second. No assumption; but N releases cannot show more than about ln N, nor the far tails that a small δ speaks of.
+  Clopper-Pearson bounds on the probabilities bound ε. No assumption; but N releases cannot show more than about ln N, nor the
+  far tails that a small δ speaks of.
 - *by shape* (Nasr et al. 2023, "Tight Auditing of Differentially Private Machine Learning"): for noise of normal shape the two
-  error rates at a threshold fixed beforehand bound the distance mu of the two distributions, and mu gives ε at any δ exactly
+  error rates at the threshold in the middle bound the distance mu of the two distributions, and mu gives ε at any δ exactly
   (Balle and Wang 2018, theorem 8). Not for releases sampled by chance, whose shape is another.
+
+Thresholds come from the first half of the releases, counts from the second.
 """
 
 from __future__ import annotations
@@ -42,7 +44,6 @@ HUGE = 1000.0
 """Norm of the canary's delta in C."""
 
 THRESHOLDS = np.arange(-2.0, 4.0, 0.05)
-MIDDLE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ def bound(inside: Doubles, outside: Doubles, *, delta: float, confidence: float,
     counts = _by_counts(inside, outside, half=half, delta=delta, failure=failure)
     return Bound(
         by_counts=counts,
-        by_shape=_by_shape(inside, outside, delta=delta, failure=failure) if normal else None,
+        by_shape=_by_shape(inside, outside, half=half, delta=delta, failure=failure) if normal else None,
         most=float(_ratio(np.array([counted]), np.array([0]), counted, delta=delta, failure=failure / 2.0)[0]),
         shift=float(inside.mean() - outside.mean()),
         spread=float(outside.std()),
@@ -190,12 +191,14 @@ def _ratio(right: Counts, wrong: Counts, trials: int, *, delta: float, failure: 
     return np.maximum(np.log(np.maximum(low - delta, 1e-300) / high), 0.0)
 
 
-def _by_shape(inside: Doubles, outside: Doubles, *, delta: float, failure: float) -> float:
+def _by_shape(inside: Doubles, outside: Doubles, *, half: int, delta: float, failure: float) -> float:
     from scipy.stats import norm
 
-    hit = _lowest(np.sum(inside > MIDDLE, keepdims=True), len(inside), failure / 2.0)
-    false = _highest(np.sum(outside > MIDDLE, keepdims=True), len(outside), failure / 2.0)
-    return epsilon_of_distance(float((norm.ppf(hit) - norm.ppf(false))[0]), delta)
+    middle = (inside[:half].mean() + outside[:half].mean()) / 2.0
+    hits, false_alarms = (np.sum(values[half:] > middle, keepdims=True) for values in (inside, outside))
+    trials = len(inside) - half
+    hit, false_alarm = _lowest(hits, trials, failure / 2.0), _highest(false_alarms, trials, failure / 2.0)
+    return epsilon_of_distance(float((norm.ppf(hit) - norm.ppf(false_alarm))[0]), delta)
 
 
 def _lowest(counts: Counts, trials: int, failure: float) -> Doubles:

@@ -118,22 +118,24 @@ def _world(options: argparse.Namespace) -> Iterator[str]:
 
 
 def fill_from_data(folder: str, data: str) -> None:
-    """Import the data set, prepare, train the main version, clone and train the copies, by the product's commands."""
+    """Import the data set, prepare, train the main version and clone it, by the product's commands."""
     installation.opened(folder)
     from django.core.management import call_command
 
     consent = ("--consent", "training,contribution", "--authority", "study")
     for file, pool in (("assist17_main", "curriculum"), ("assist17_federated", "federated")):
         call_command("import_interactions", str(Path(data) / f"{file}.csv.gz"), "--pool", pool, *consent, "--json")
-    for command in ("prepare_curriculum_data", "train_main_model", "clone_learner_models", "train_learner_models"):
+    for command in ("prepare_curriculum_data", "train_main_model", "clone_learner_models"):
         call_command(command, "--json")
 
 
 def one_round(folder: str) -> dict[str, Any]:
-    """A round without privacy, whose contributions stay."""
+    """Each copy trained once, then a round without privacy, whose contributions stay."""
     installation.opened(folder)
+    from aivo_site.jobs.services import run_inline
     from federation.rounds import service
 
+    run_inline(kind="train_learner_models", params={})
     return {"state": service.aggregate(with_rebase=False)["state"]}
 
 

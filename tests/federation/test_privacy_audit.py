@@ -38,7 +38,7 @@ def attacked(
     *,
     z: float,
     seed: int | None = 1,
-    releases: int = 3000,
+    releases: int = 4000,
     confidence: float = 0.999,
     **how: Any,
 ) -> Bound:
