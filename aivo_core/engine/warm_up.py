@@ -13,10 +13,6 @@ from aivo_core.engine.cohort import CohortEngine
 def main() -> None:
     engine = CohortEngine()
     backend = engine.warm_up()
-    if backend.startswith("numba"):
-        from aivo_core.engine.private_kernel import functions  # needs Numba
-
-        functions()
     note = f" ({engine.note})" if engine.note else ""
     sys.stdout.write(f"engine cohort trains with {backend}{note}\n")
 
