@@ -1,4 +1,4 @@
-"""An empirical audit of learner-level privacy: what a membership attack finds, against the ε that is claimed.
+"""An empirical audit of both claims of privacy: what membership attacks find, against the ε that is claimed.
 
     python -m benchmarks.privacy_audit [--full] [--releases 2000] [--tail-releases 200] [--confidence 0.999] [--json]
 
@@ -8,6 +8,9 @@ each tensor clipped by itself, a learner counted twice, no noise) above it. The 
 of the default network's size in a learner store, read, verified, clipped and folded by ``federation.rounds.folding``, and noise
 from the secure generator. The others fold vectors of fewer numbers in memory: the attacker looks at the sum along
 one direction, in which the noise is the same whatever the number of coordinates.
+
+The row *training sample* asks of the product's engine whether one sample was among those of a private training
+(``benchmarks.privacy_sample_attack``): the default network's tail, every sample in every step.
 
 The noise is never seeded, so figures differ from run to run; a claim that holds is contradicted with probability of at most
 1 - confidence in each row.
@@ -46,9 +49,12 @@ class Case:
     mechanism: str = "GaussianSumMechanism"
     copies: int = 1
     rate: tuple[int, int] = (1, 1)
+    steps: int = 1
 
 
 FILES = Case("delta files, the whole tail", 1.0)
+TRAINING = Case("training sample, 4 steps, z = 2", 2.0, steps=4)
+TRAINING_SAMPLES = 20
 CASES = (
     Case("z = 0.5", 0.5),
     Case("z = 1", 1.0),
@@ -63,7 +69,7 @@ CASES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--releases", type=int, help="releases with the canary, and as many without (2000, or 20000 with --full)")
-    parser.add_argument("--tail-releases", type=int, help="the same for delta files (200, or 2000 with --full)")
+    parser.add_argument("--tail-releases", type=int, help="the same for delta files and trainings (200, or 2000 with --full)")
     parser.add_argument("--confidence", type=float, default=0.999, help="of each bound")
 
 
@@ -75,6 +81,8 @@ def run(options: argparse.Namespace) -> Report:
     with TemporaryDirectory(prefix="aivo-bench-") as folder:
         arguments = {"folder": folder, "releases": of_tails, "confidence": options.confidence}
         rows = [in_child("benchmarks.privacy_audit:through_files", arguments, threads=1).result]
+    arguments = {"trainings": of_tails, "confidence": options.confidence}
+    rows.append(in_child("benchmarks.privacy_audit:through_training", arguments, threads=1).result)
     rows += [
         in_child(
             "benchmarks.privacy_audit:in_memory",
@@ -183,19 +191,56 @@ def through_files(folder: str, releases: int, confidence: float) -> dict[str, An
     return {**judged(FILES, found.to_json()), "delta_files": stored, "numbers_each": spec.tail_size}
 
 
+def through_training(trainings: int, confidence: float) -> dict[str, Any]:
+    """Private trainings of the default network's tail by the product's engine."""
+    from aivo_core.engine.cohort import CohortEngine
+    from aivo_core.engine.contract import LearnerTask, LocalTrainingConfig
+    from aivo_core.network import NetworkSpec
+    from benchmarks.privacy_sample_attack import Target, attack_training
+    from benchmarks.synthetic import random_samples, random_weights
+
+    spec = NetworkSpec()
+    weights = random_weights(spec)
+    config = LocalTrainingConfig(
+        epochs=TRAINING.steps,
+        batch_size=TRAINING_SAMPLES + 1,
+        adaptation="tail",
+        optimiser="sgd",
+        dropout=False,
+        proximal_mu=0.0,
+        learning_rate=0.01,
+        sample_clip_norm=CLIP_NORM,
+        sample_noise_multiplier=TRAINING.z,
+    )
+    samples = random_samples(spec, samples=TRAINING_SAMPLES + 1, seed=1)
+    engine = CohortEngine(threads=1)
+
+    def train(task: LearnerTask) -> Any:
+        result = next(engine.train(spec=spec, weights=weights, config=config, tasks=iter([task])))
+        if result.tail is None:
+            raise RuntimeError(result.error_message)
+        return result.tail
+
+    target = Target(spec, weights, spec.flatten_tail(weights), samples, config)
+    found = attack_training(target, train, delta=DELTA, trainings=trainings, confidence=confidence)
+    return {**judged(TRAINING, found.to_json()), "numbers_each": spec.tail_size, "backend": engine.backend}
+
+
 def judged(case: Case, found: dict[str, Any]) -> dict[str, Any]:
     """The row: the bounds, what is claimed, and whether the verdict is what it has to be."""
     from benchmarks.privacy_attack import epsilon_of_distance
     from federation.privacy.accountant import epsilon
 
     num, den = case.rate
-    claimed = epsilon(z=case.z, q_num=num, q_den=den, steps=1, delta=DELTA, sampling="none" if num == den else "poisson").epsilon
+    claimed = epsilon(
+        z=case.z, q_num=num, q_den=den, steps=case.steps, delta=DELTA, sampling="none" if num == den else "poisson"
+    ).epsilon
     contradicted = found["epsilon"] > claimed
     return {
         "case": case.name,
         **{name: None if value is None else rounded(value) for name, value in found.items()},
         "claimed": rounded(claimed),
-        "exact": rounded(epsilon_of_distance(1.0 / case.z, DELTA)) if num == den else None,
+        "exact": rounded(epsilon_of_distance(case.steps**0.5 / case.z, DELTA)) if num == den else None,
         "holds": case.holds,
         "verdict": "contradicted" if contradicted else "not contradicted",
         "as_expected": contradicted != case.holds,
