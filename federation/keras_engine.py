@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from aivo_core.engine.contract import EngineError, LearnerResult, LearnerTask, LocalTrainingConfig
-from aivo_core.engine.session import BIAS_PASS, DROPOUT_STREAM, TAIL_PASS, BatchPlan, check_finite, check_task, plan_batches
+from aivo_core.engine.session import (
+    BIAS_PASS,
+    DROPOUT_STREAM,
+    TAIL_PASS,
+    BatchPlan,
+    check_finite,
+    check_task,
+    plan_bias_pass,
+    plan_tail_pass,
+)
 from aivo_core.network import (
     CONTENT_HEAD,
     DIFFICULTY_HEAD,
@@ -193,13 +202,7 @@ class ResidentNetwork:
         ]
 
     def _tail_pass(self, config: LocalTrainingConfig, task: LearnerTask, data: list[Any]) -> tuple[tuple[float, ...], int]:
-        plan = plan_batches(
-            samples=len(task.samples),
-            batch_size=config.batch_size,
-            epochs=config.epochs,
-            seed=task.seed,
-            training_pass=TAIL_PASS,
-        )
+        plan = plan_tail_pass(config, task)
         optimiser = self._optimiser(config.optimiser, config.momentum, TAIL_PASS)
         key = ("tail", config.batch_size, config.optimiser, config.momentum, config.dropout)
         function = self._function(key, lambda: self._compile_tail_pass(optimiser, config.batch_size, config.dropout))
@@ -207,13 +210,7 @@ class ResidentNetwork:
         return self._run(function, plan, [*start, *data, task.anchor_tail, np.float32(config.proximal_mu)])
 
     def _bias_pass(self, config: LocalTrainingConfig, task: LearnerTask, data: list[Any]) -> tuple[tuple[float, ...], int]:
-        plan = plan_batches(
-            samples=len(task.samples),
-            batch_size=config.batch_size,
-            epochs=config.bias_epochs,
-            seed=task.seed,
-            training_pass=BIAS_PASS,
-        )
+        plan = plan_bias_pass(config, task)
         optimiser = self._optimiser("adam", 0.0, BIAS_PASS)
         key = ("difficulty_bias", config.batch_size, "adam", 0.0, config.dropout)
         function = self._function(key, lambda: self._compile_bias_pass(optimiser, config.batch_size, config.dropout))

@@ -28,6 +28,7 @@ from federation.privacy import accountant
 from federation.privacy_periods import current_period
 from federation.rounds.candidate import candidate_tail
 from federation.strategies import StrategyError
+from learners.registration import with_learner_id
 from models_store import store, versions
 from models_store.clones import base_of
 from models_store.files import name_below_root
@@ -339,7 +340,7 @@ def _find_model(path: str) -> PersonalizedModel:
         if name:
             named = models.filter(weights_path__startswith=f"{name.split('/')[0]}/").first()
         if named is None and "/" not in (name or path):
-            named = models.filter(learner__learner_id__iexact=path.rstrip("/").rpartition("/")[2]).first()
+            named = with_learner_id(models, path.rstrip("/").rpartition("/")[2], field="learner__learner_id").first()
     if named is None:
         raise ManagerError(
             _("learner_model_path must be a learner's id or a path of a learner's model in the learner store, not %s")

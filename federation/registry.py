@@ -22,7 +22,7 @@ from federation.policies import RoundPolicy, default_policy
 from federation.rounds.eligibility import consent_refusal, select_learners
 from federation.status import active_learner_models, average_performance
 from learners.models import Learner, Pool
-from learners.registration import find_learner
+from learners.registration import find_learner, with_learner_id
 from models_store import store, versions
 from models_store.errors import StoreError
 from models_store.files import name_below_root
@@ -213,7 +213,7 @@ class ModelRegistry:
 
     def get_learner_model(self, learner_id: str) -> RegisteredLearner | None:
         """The learner's model, None where there is none."""
-        model = _models(learner__learner_id__iexact=learner_id).first() if "\0" not in learner_id else None
+        model = with_learner_id(_models(), learner_id, field="learner__learner_id").first()
         return None if model is None else _describe(model)
 
     def get_main_model(self, version: str | None = None) -> MainModelVersion:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from django.db import IntegrityError, transaction
+from django.db.models import QuerySet
 from django.db.models.functions import Lower
 from django.utils.translation import gettext as _
 
@@ -57,14 +58,24 @@ def find_learner(*, learner_id: str, related: Sequence[str] = ()) -> Learner:
     Raises:
         UnknownName: ``unknown_learner``.
     """
-    known = re.match(LEARNER_ID_PATTERN, learner_id) is not None  # anything else may hold what a database refuses to look up
     rows = Learner.objects.select_related(*related) if related else Learner.objects.all()
-    # By the index on the small letters; ``iexact`` would read the whole table on SQLite.
-    lowered = rows.annotate(lowered_id=Lower("learner_id")).filter(lowered_id=learner_id.lower())
-    learner: Learner | None = lowered.first() if known else None
+    learner: Learner | None = with_learner_id(rows, learner_id).first()
     if learner is None:
         raise unknown_learner(learner_id)
     return learner
+
+
+def with_learner_id(rows: QuerySet[Any], learner_id: str, *, field: str = "learner_id") -> QuerySet[Any]:
+    """The rows whose learner has this id, upper and lower case alike; none for what is no id and a database may refuse.
+
+    Args:
+        field: where the id stands, seen from ``rows``.
+    """
+    if re.match(LEARNER_ID_PATTERN, learner_id) is None:
+        return rows.none()
+    # By the index on the small letters; ``iexact`` would read the whole table on SQLite.
+    lowered: QuerySet[Any] = rows.annotate(lowered_id=Lower(field)).filter(lowered_id=learner_id.lower())
+    return lowered
 
 
 def unknown_learner(learner_id: str) -> UnknownName:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from aivo_core.engine.contract import LearnerTask, LocalTrainingConfig, SamplePrivacy
 from aivo_core.engine.generator import pass_key
-from aivo_core.engine.session import BIAS_PASS, TAIL_PASS, BatchPlan, plan_batches
+from aivo_core.engine.session import BIAS_PASS, TAIL_PASS, BatchPlan, plan_bias_pass, plan_tail_pass
 from aivo_core.network import FloatArray
 from aivo_core.ordinal import CLASSES
 
@@ -74,28 +74,16 @@ def tail_pass(config: LocalTrainingConfig, task: LearnerTask) -> TrainingPass | 
     """The pass over the whole tail, where the configuration has one."""
     if not config.trains_tail:
         return None
-    plan = plan_batches(
-        samples=len(task.samples),
-        batch_size=config.batch_size,
-        epochs=config.epochs,
-        seed=task.seed,
-        training_pass=TAIL_PASS,
+    return _training_pass(
+        plan_tail_pass(config, task), task.seed, TAIL_PASS, config.learning_rate, adam=config.optimiser == "adam"
     )
-    return _training_pass(plan, task.seed, TAIL_PASS, config.learning_rate, adam=config.optimiser == "adam")
 
 
 def bias_pass(config: LocalTrainingConfig, task: LearnerTask) -> TrainingPass | None:
     """The pass over the difficulty head's biases, where the configuration has one."""
     if not config.trains_bias:
         return None
-    plan = plan_batches(
-        samples=len(task.samples),
-        batch_size=config.batch_size,
-        epochs=config.bias_epochs,
-        seed=task.seed,
-        training_pass=BIAS_PASS,
-    )
-    return _training_pass(plan, task.seed, BIAS_PASS, config.bias_learning_rate, adam=True)
+    return _training_pass(plan_bias_pass(config, task), task.seed, BIAS_PASS, config.bias_learning_rate, adam=True)
 
 
 def _training_pass(plan: BatchPlan, seed: int, number: int, rate: float, *, adam: bool) -> TrainingPass:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from aivo_core.engine.contract import EngineError, LearnerTask
+from aivo_core.engine.contract import EngineError, LearnerTask, LocalTrainingConfig
 from aivo_core.network import CONTENT_HEAD, PATH_HEAD, FloatArray, NetworkSpec
 from aivo_core.samples import Samples
 
@@ -58,6 +58,26 @@ def plan_batches(*, samples: int, batch_size: int, epochs: int, seed: int, train
         index=index.reshape(epochs * steps, batch_size),
         mask=mask.reshape(epochs * steps, batch_size),
         epoch=np.repeat(np.arange(epochs), steps),
+    )
+
+
+def plan_tail_pass(config: LocalTrainingConfig, task: LearnerTask) -> BatchPlan:
+    """The batches of the pass over the whole tail."""
+    return _plan(config, task, config.epochs, TAIL_PASS)
+
+
+def plan_bias_pass(config: LocalTrainingConfig, task: LearnerTask) -> BatchPlan:
+    """The batches of the pass over the difficulty head's biases."""
+    return _plan(config, task, config.bias_epochs, BIAS_PASS)
+
+
+def _plan(config: LocalTrainingConfig, task: LearnerTask, epochs: int, training_pass: int) -> BatchPlan:
+    return plan_batches(
+        samples=len(task.samples),
+        batch_size=config.batch_size,
+        epochs=epochs,
+        seed=task.seed,
+        training_pass=training_pass,
     )
 
 

@@ -16,6 +16,7 @@ from learners.registration import (
     find_organisation,
     register_learner,
     register_organisation,
+    with_learner_id,
 )
 from models_store.provisioning.errors import ProvisioningError
 
@@ -83,11 +84,7 @@ class LearnerProfile:
         Raises:
             RegistrationError: ``learner_exists``: the id is taken in another organisation than the profile's.
         """
-        if "\0" in self.learner_id:
-            return None
-        learner: Learner | None = (
-            Learner.objects.select_related("organisation").filter(learner_id__iexact=self.learner_id).first()
-        )
+        learner: Learner | None = with_learner_id(Learner.objects.select_related("organisation"), self.learner_id).first()
         if learner is not None and self.organisation and learner.organisation.slug != self.organisation:
             raise RegistrationError(_("learner_id is taken in another organisation."), code="learner_exists")
         return learner
